@@ -1,0 +1,41 @@
+// Which instruction set the kernels run on: the best this CPU has, capped by the environment
+// variable ATEN_CPU_CAPABILITY (default, avx2, avx512), as in PyTorch.
+#pragma once
+
+#include <cstdlib>
+#include <cstring>
+
+namespace pydiffuse {
+
+enum class Capability : int { baseline, avx2, avx512 };
+
+inline Capability detect_capability() {
+  Capability best = Capability::baseline;
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+      __builtin_cpu_supports("f16c")) {
+    best = Capability::avx2;
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw"))
+      best = Capability::avx512;
+  }
+#endif
+  const char* cap = std::getenv("ATEN_CPU_CAPABILITY");
+  if (!cap) return best;
+  Capability asked = best;
+  if (!std::strcmp(cap, "default")) asked = Capability::baseline;
+  if (!std::strcmp(cap, "avx2")) asked = Capability::avx2;
+  return asked < best ? asked : best;
+}
+
+inline Capability capability() {
+  static const Capability chosen = detect_capability();
+  return chosen;
+}
+
+inline const char* capability_name() {
+  constexpr const char* name[] = {"default", "avx2", "avx512"};
+  return name[static_cast<int>(capability())];
+}
+
+}  // namespace pydiffuse

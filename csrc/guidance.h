@@ -1,0 +1,60 @@
+// Guidance: the vocabulary that the CPU kernels, the CUDA kernels and both doors share.
+//
+// A guidance rule sees k predictions p_0 .. p_{k-1} of a sample only through their Gram matrix
+// G_ij = <p_i, p_j>, their sums s_i and a few parameters; it answers with k coefficients, and the
+// guided prediction is sum_i c_i p_i. A sampler's update adds its own terms to the same sum.
+#pragma once
+
+#include <cstdint>
+
+namespace pydiffuse {
+
+constexpr int MAX_PREDS = 16;
+constexpr int MAX_TERMS = MAX_PREDS + 3;   // predictions, x, history, noise
+constexpr int MAX_OUTS = MAX_PREDS;        // the backward writes a gradient for each prediction
+constexpr int MAX_PARAMS = 8 + MAX_PREDS;  // update, rule, one weight per prediction
+
+// The codes are those of pydiffuse/rules.py.
+enum class Rule : int {
+  linear,
+  cfg,
+  tcfg,
+  cfg_zero,
+  apg,
+  magnitude_aware,
+  perp_neg,
+  compose,
+  slerp,
+  rescale,
+  count
+};
+
+// Places in the parameter vector of a call; the rule's own parameters follow from RULE on.
+// Update:  x' = a x + b g + h history + s noise;   second output  D = p x + q g.
+namespace param {
+enum : int { a, b, h, s, p, q, original, phi, RULE };
+}
+constexpr int MAX_RULE_PARAMS = MAX_PARAMS - param::RULE;
+
+// Terms of the update that a call brings beside its predictions, in this order.
+enum Has : int { HAS_X = 1, HAS_HISTORY = 2, HAS_NOISE = 4 };
+
+// Outputs of a call, in this order: x' (or g where there is no x), D, and the rule's new state.
+enum Emit : int { EMIT_UPDATE = 1, EMIT_PREDICT = 2, EMIT_STATE = 4 };
+
+constexpr int bits(int set) { return (set & 1) + (set >> 1 & 1) + (set >> 2 & 1); }
+
+enum class DType : int { f32, bf16, f16 };
+
+struct Rows {           // one tensor, seen as [batch, n]: each sample's n elements lie together
+  void* data = nullptr;
+  int64_t stride = 0;   // elements from one sample to the next
+  DType dtype = DType::f32;
+};
+
+// Entries of the upper triangle of G, row by row, then the k sums.
+constexpr int triangle(int k) { return k * (k + 1) / 2; }
+constexpr int stats(int k, bool sums) { return triangle(k) + (sums ? k : 0); }
+constexpr int MAX_STATS = stats(MAX_PREDS + 1, true);
+
+}  // namespace pydiffuse

@@ -1,0 +1,82 @@
+// What every torch door needs: tensors as rows of samples, and threads, through the stable ABI.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <vector>
+
+#include "../guidance.h"
+
+namespace pydiffuse {
+
+using torch::stable::Tensor;
+using Tensors = std::vector<Tensor>;
+using MaybeTensor = std::optional<Tensor>;
+using torch::headeronly::ScalarType;
+
+inline DType dtype_of(const char* op, const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return DType::f32;
+    case ScalarType::BFloat16: return DType::bf16;
+    case ScalarType::Half: return DType::f16;
+    default: break;
+  }
+  STD_TORCH_CHECK(false, op, ": accepts float32, bfloat16 and float16");
+}
+
+// The samples of a batch all have the shape, and in memory the order, of the samples of `like`.
+struct Layout {
+  const char* op;
+  Tensor like;
+  int64_t batch, n;
+
+  Layout(const char* op_, const Tensor& t) : op(op_), like(t) {
+    STD_TORCH_CHECK(t.dim() >= 1, op, ": tensors need a batch dimension");
+    batch = t.size(0);
+    n = batch == 0 ? 0 : t.numel() / batch;
+    if (t.numel() == 0 || t.is_contiguous()) return;
+    int64_t span = 1;
+    for (int64_t d = 1; d < t.dim(); ++d) span += (t.size(d) - 1) * t.stride(d);
+    STD_TORCH_CHECK(span == n && (batch == 1 || t.stride(0) >= n), op,
+                    ": the elements of each output sample must lie together in memory");
+  }
+
+  // Inputs in another order are copied into it; `keep` owns the copies until the kernels are done.
+  Rows rows(const Tensor& given, Tensors* keep) const {
+    Tensor t = given;
+    bool same = t.dim() == like.dim(), order = true;
+    for (int64_t d = 0; same && d < t.dim(); ++d) {
+      same = t.size(d) == like.size(d);
+      order = order && (d == 0 || t.size(d) == 1 || t.stride(d) == like.stride(d));
+    }
+    STD_TORCH_CHECK(same, op, ": all tensors must have one shape");
+    STD_TORCH_CHECK(t.get_device_index() == like.get_device_index() && t.is_cuda() == like.is_cuda(),
+                    op, ": all tensors must be on one device");
+    const DType dtype = dtype_of(op, t);
+    if (!order && t.numel() > 0) {
+      STD_TORCH_CHECK(keep && like.is_contiguous(), op,
+                      ": tensors must share one order of dimensions in memory");
+      t = torch::stable::contiguous(t);
+      keep->push_back(t);
+    }
+    return {t.data_ptr(), t.dim() > 1 || t.numel() > 1 ? t.stride(0) : 1, dtype};
+  }
+};
+
+inline void check_doubles(const char* op, const Tensor& t, int64_t numel) {
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Double && t.is_contiguous() && t.numel() == numel,
+                  op, ": coefficients and statistics must be contiguous float64, one row per sample");
+}
+
+struct TorchThreads {
+  template <class F>
+  void operator()(int64_t end, int64_t grain, const F& f) const {
+    if (end <= grain) return f(0, end);
+    torch::stable::parallel_for(0, end, grain, f);
+  }
+};
+
+}  // namespace pydiffuse

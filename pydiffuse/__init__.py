@@ -1,0 +1,45 @@
+"""Compiled kernels for diffusion and flow models: guidance, on the CPU and the GPU.
+
+Public ops live in `pydiffuse.guidance` and are re-exported here. `backends()` says what runs where.
+"""
+
+from pydiffuse import _ops
+from pydiffuse._ops import backends, use_backend
+from pydiffuse.guidance import (
+    apg,
+    cfg,
+    cfg_zero,
+    combine,
+    compose,
+    gram,
+    guide,
+    magnitude_aware,
+    perp_neg,
+    rescale,
+    slerp,
+    superpose,
+    tcfg,
+)
+from pydiffuse.version import __version__
+
+OPS = _ops.PUBLIC
+
+__all__ = [
+    "OPS",
+    "__version__",
+    "apg",
+    "backends",
+    "cfg",
+    "cfg_zero",
+    "combine",
+    "compose",
+    "gram",
+    "guide",
+    "magnitude_aware",
+    "perp_neg",
+    "rescale",
+    "slerp",
+    "superpose",
+    "tcfg",
+    "use_backend",
+]

@@ -1,0 +1,201 @@
+"""The ops as torch's dispatcher knows them, and the choice of a backend.
+
+Every op writes into tensors its caller gives it, so `out=` costs nothing and a fake needs no shapes.
+`torch.ops.pydiffuse` holds the compiled kernels (C++ for the CPU, CUDA C++ where it was built);
+`torch.ops.pydiffuse_triton` the Triton kernels under the same schemas.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SCHEMAS = {
+    "guide": "(Tensor(a!)[] out, Tensor[] preds, Tensor? x, Tensor? history, Tensor? noise, int rule,"
+    " float[] params, bool rescaled, Tensor? varied, int[] columns, int emit) -> ()",
+    "guide_backward": "(Tensor(a!)[] dpreds, Tensor(b!)? dvaried, Tensor grad, Tensor[] preds,"
+    " int rule, float[] params, bool rescaled, Tensor? varied, int[] columns) -> ()",
+    "mix": "(Tensor(a!)[] out, Tensor[] terms, Tensor matrix, Tensor? shift) -> ()",
+    "gram": "(Tensor(a!) out, Tensor(b!)? sums, Tensor[] preds) -> ()",
+}
+"""Op name -> schema, for both namespaces. The stems that hold them are in `STEMS`."""
+
+STEMS = {name: "guidance" for name in SCHEMAS}
+BACKENDS = ("reference", "cpu", "cuda", "triton")
+
+
+@dataclass(frozen=True)
+class Op:
+    """A row of the table of public ops."""
+
+    name: str
+    stem: str
+    kernels: tuple[str, ...]
+    """The ops of `SCHEMAS` it calls, forward and backward."""
+    backends: tuple[str, ...] = BACKENDS
+
+
+_RULE = ("guide", "guide_backward")
+_LINEAR = ("gram", "mix")
+PUBLIC = {
+    op.name: op
+    for op in (
+        *(
+            Op(name, "guidance", _RULE)
+            for name in ("cfg", "cfg_zero", "apg", "magnitude_aware", "perp_neg", "compose", "slerp")
+        ),
+        Op("tcfg", "guidance", _RULE + _LINEAR),
+        Op("rescale", "guidance", _RULE),
+        Op("guide", "guidance", _RULE + _LINEAR),
+        Op("superpose", "guidance", _LINEAR),
+        Op("gram", "guidance", _LINEAR),
+        Op("combine", "guidance", _LINEAR),
+    )
+}
+"""Every public op: where it lives, which kernels it calls, which backends it declares."""
+
+_libraries = {name: torch.library.Library(name, "DEF") for name in ("pydiffuse", "pydiffuse_triton")}
+
+
+def _define() -> None:
+    for namespace, library in _libraries.items():
+        for name, schema in SCHEMAS.items():
+            library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+            torch.library.register_fake(f"{namespace}::{name}", lambda *args: None, lib=library)
+
+
+_define()
+
+_why_missing = ""
+try:
+    importlib.import_module("pydiffuse._C")
+    built = True
+except ImportError as error:
+    built = False
+    _why_missing = str(error)
+    warnings.warn(
+        f"pydiffuse: the compiled extension is missing ({error}). Build it with "
+        "`pip install --no-build-isolation -e .` in the repository (needs a C++20 compiler); "
+        'until then only `with pydiffuse.use_backend("reference")` runs on the CPU.',
+        stacklevel=3,
+    )
+
+
+def _has_cuda_kernels() -> bool:
+    return built and torch._C._dispatch_has_kernel_for_dispatch_key("pydiffuse::guide", "CUDA")
+
+
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+built_cuda = _has_cuda_kernels()
+_forced: str | None = None
+
+
+def _missing(backend: str) -> str | None:
+    """What stands in the way of a backend on this machine, with the remedy; None if nothing."""
+    if backend == "cpu" and not built:
+        return f"the compiled extension is missing ({_why_missing}): `pip install -e .` builds it"
+    if backend == "cuda" and not built_cuda:
+        return "it was built without CUDA: install nvcc and rebuild with PYDIFFUSE_CUDA=1"
+    if backend == "triton" and not _has_triton():
+        return "Triton is not installed: `pip install triton`"
+    if backend == "cuda" and not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    if backend == "triton" and not (torch.cuda.is_available() or _interpreted()):
+        return "torch sees no GPU; TRITON_INTERPRET=1 runs the kernels on the CPU, slowly"
+    return None
+
+
+def set_backend(backend: str | None) -> None:
+    global _forced
+    if backend is not None:
+        if backend not in BACKENDS:
+            raise ValueError(f"use_backend: unknown backend {backend!r}; accepted: {BACKENDS}")
+        missing = _missing(backend)
+        if missing:
+            raise RuntimeError(f"use_backend: backend {backend!r} is not available: {missing}")
+    _forced = backend
+
+
+@contextmanager
+def use_backend(backend: str | None) -> Iterator[None]:
+    """Run every op inside the `with` block on one backend; None restores the choice by device.
+
+    backend: "reference" (plain PyTorch), "cpu" (C++), "cuda" (CUDA C++) or "triton". A backend that
+    is not available raises here; one that cannot serve a tensor's device raises at the call. The
+    environment variable PYDIFFUSE_BACKEND sets the same for a whole process.
+    """
+    before = _forced
+    set_backend(backend)
+    try:
+        yield
+    finally:
+        set_backend(before)
+
+
+def backends() -> dict[str, dict[str, str]]:
+    """What runs where: op -> backend -> "ready", or what is missing and how to get it."""
+    state = {backend: _missing(backend) or "ready" for backend in BACKENDS}
+    return {op: {backend: state[backend] for backend in row.backends} for op, row in PUBLIC.items()}
+
+
+def forced_reference() -> bool:
+    return _forced == "reference"
+
+
+_SERVES = {"cpu": ("cpu",), "cuda": ("cuda",), "triton": ("cuda", "cpu")}
+
+
+def ops_for(op: str, tensor: Tensor) -> Any:
+    """The namespace that serves `tensor`: torch.ops.pydiffuse or torch.ops.pydiffuse_triton."""
+    device = tensor.device.type
+    backend = _forced
+    if backend is None:
+        if device == "cpu" and built:
+            return torch.ops.pydiffuse
+        backend = "cpu" if device == "cpu" else "cuda" if built_cuda else "triton"
+        if device not in ("cpu", "cuda"):
+            raise NotImplementedError(
+                f"{op}: no kernel for device {device!r}; accepted: cpu, cuda; or use_backend('reference')"
+            )
+        missing = _missing(backend)
+        if missing:
+            raise RuntimeError(f"{op}: backend {backend!r} is not available: {missing}")
+    elif device not in _SERVES[backend]:
+        raise ValueError(
+            f"{op}: backend {backend!r} was asked for, but the tensors are on {device!r};"
+            f" it serves {_SERVES[backend]}"
+        )
+    return torch.ops.pydiffuse_triton if backend == "triton" else torch.ops.pydiffuse
+
+
+def _launcher(name: str, stem: str) -> Callable[..., None]:
+    def launch(*args: Any) -> None:
+        getattr(importlib.import_module(f"pydiffuse.kernels.{stem}"), name)(*args)
+
+    return launch
+
+
+if _has_triton():  # the kernels' modules are imported at the first launch
+    for _name, _stem in STEMS.items():
+        for _key in ("CUDA", "CPU") if _interpreted() else ("CUDA",):
+            _libraries["pydiffuse_triton"].impl(_name, _launcher(_name, _stem), _key)
+
+
+if os.environ.get("PYDIFFUSE_BACKEND"):
+    set_backend(os.environ["PYDIFFUSE_BACKEND"])

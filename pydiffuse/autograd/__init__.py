@@ -1,0 +1,1 @@
+"""Gradients, one formula for all backends: forward and backward call the same ops."""

@@ -1,0 +1,126 @@
+"""Argument checks that every op shares: each error names the op, the argument, what came, what fits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from pydiffuse import _ops
+from pydiffuse.autograd.guidance import new_like, samples_together
+from pydiffuse.rules import MAX_PREDS
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def describe(value: object) -> str:
+    if not isinstance(value, Tensor):
+        return f"a {type(value).__name__}"
+    return f"a {value.dtype} tensor {tuple(value.shape)} on {value.device}"
+
+
+def check_tensors(
+    op: str, argument: str, tensors: Sequence[Tensor], *, same_dtype: bool = True
+) -> None:
+    """Tensors [B, ...] of an accepted dtype, alike in shape, device and, as asked, dtype."""
+    if not tensors:
+        raise ValueError(f"{op}: {argument} is empty; accepted: 1 to {MAX_PREDS} tensors")
+    if len(tensors) > MAX_PREDS + 3:
+        raise ValueError(f"{op}: {argument} holds {len(tensors)} tensors; accepted: 1 to {MAX_PREDS}")
+    first = tensors[0]
+    for t in tensors:
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{op}: {argument} holds {describe(t)}; accepted: tensors [B, ...]")
+        if t.dtype not in DTYPES and not (t.dtype is torch.float64 and _ops.forced_reference()):
+            more = (
+                '; float64 runs inside `with pydiffuse.use_backend("reference")`'
+                if t.dtype is torch.float64
+                else ""
+            )
+            raise TypeError(
+                f"{op}: {argument} holds {describe(t)}; accepted: float32, bfloat16, float16{more}"
+            )
+        if t is first:
+            continue
+        if t.shape != first.shape or t.device != first.device or (same_dtype and t.dtype != first.dtype):
+            raise ValueError(
+                f"{op}: {argument} must be alike in shape, device{' and dtype' if same_dtype else ''};"
+                f" given {describe(first)} and {describe(t)}"
+            )
+    if first.dim() == 0:
+        raise ValueError(f"{op}: {argument} has no batch dimension; accepted: tensors [B, ...]")
+
+
+def check_scalar(op: str, argument: str, value: float | Tensor, like: Tensor) -> Tensor:
+    """A number, or a float tensor with one value or one per sample; returned as (B,)."""
+    if not isinstance(value, Tensor):
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise TypeError(f"{op}: {argument} is {describe(value)}; accepted: a number or a (B,) tensor")
+        return torch.full((len(like),), float(value), dtype=torch.float64, device=like.device)
+    B = len(like)
+    if value.dim() > 1 or (value.dim() == 1 and len(value) != B):
+        raise ValueError(
+            f"{op}: {argument} has shape {tuple(value.shape)}; accepted: a number or ({B},),"
+            " a value per sample"
+        )
+    if not value.is_floating_point():
+        raise TypeError(f"{op}: {argument} is {describe(value)}; accepted: a number or a float tensor")
+    if value.device != like.device and value.dim() == 1:
+        raise ValueError(f"{op}: {argument} is on {value.device}; the predictions are on {like.device}")
+    return value.to(like.device).expand(B)
+
+
+def check_out(
+    op: str, out: Tensor | None, like: Tensor, inputs: Sequence[Tensor], argument: str = "out"
+) -> None:
+    if out is None:
+        return
+    if not isinstance(out, Tensor) or (out.shape, out.dtype, out.device) != (
+        like.shape,
+        like.dtype,
+        like.device,
+    ):
+        raise ValueError(f"{op}: {argument} is {describe(out)}; accepted: {describe(like)}")
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return
+    for t in inputs:
+        same = t.data_ptr() == out.data_ptr() and t.stride() == out.stride() and t.dtype == out.dtype
+        if not same and t.numel() and _overlap(t, out):
+            raise ValueError(
+                f"{op}: {argument} overlaps an input without being that input; give it memory of its own"
+            )
+
+
+def _extent(t: Tensor) -> tuple[int, int]:
+    span = 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+    return t.data_ptr(), t.data_ptr() + span * t.element_size()
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    (a0, a1), (b0, b1) = _extent(a), _extent(b)
+    return a.device == b.device and a0 < b1 and b0 < a1
+
+
+def check_no_grad(op: str, tensors: Sequence[Tensor]) -> None:
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        raise ValueError(
+            f"{op}: out= takes no part in autograd, and an input requires a gradient;"
+            " leave out= away, or call under torch.no_grad()"
+        )
+
+
+@contextmanager
+def writable(out: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Tensors the kernels can write: `out` itself where one order of memory serves all of it, else
+    fresh ones that are copied over at the end."""
+    like = out[0] if samples_together(out[0]) else new_like(out[0])
+    inner = like.stride()[1:]
+    targets = [
+        o if samples_together(o) and o.stride()[1:] == inner else new_like(like, o.dtype) for o in out
+    ]
+    yield targets
+    for o, target in zip(out, targets, strict=True):
+        if o is not target:
+            o.copy_(target)

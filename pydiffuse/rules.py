@@ -1,0 +1,68 @@
+"""The guidance rules by name: their codes in the kernels, their parameters and their predictions.
+
+A call's parameters are one vector: the update's (a, b, h, s, p, q), then `original` and `rescale`,
+then the rule's own, then a weight for each prediction where the rule takes weights. Each is one
+number for the batch or a value per sample. csrc/guidance.h has the same order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+UPDATE = ("a", "b", "h", "s", "p", "q")
+COMMON = ("original", "rescale")
+MAX_PREDS = 16
+
+
+@dataclass(frozen=True)
+class Rule:
+    name: str
+    code: int
+    preds: tuple[str, ...]
+    """The predictions in order; one that ends in "..." stands for any number of them."""
+    parameters: tuple[str, ...] = ()
+    weights: str = ""
+    """The parameter that holds a weight for each of the "..." predictions, if any."""
+    optional: int = 0
+    """How many of the last predictions may be left out."""
+    common: bool = True
+    """Takes `original` and `rescale`."""
+    defaults: tuple[tuple[str, float], ...] = ()
+
+    @property
+    def curved(self) -> bool:
+        """The coefficients depend on the predictions, by their Gram matrix."""
+        return self.name not in ("linear", "cfg", "compose")
+
+    def accepts(self, count: int) -> bool:
+        many = any(name.endswith("...") for name in self.preds)
+        least = len(self.preds) - self.optional - (1 if many else 0)
+        if self.name in ("linear", "compose", "perp_neg"):
+            least = max(least, 1)
+        return least <= count <= (MAX_PREDS if many else len(self.preds))
+
+
+RULES = {
+    rule.name: rule
+    for rule in (
+        Rule("linear", 0, ("preds...",), weights="weights"),
+        Rule("cfg", 1, ("cond", "uncond"), ("scale",)),
+        Rule("tcfg", 2, ("cond", "uncond"), ("scale",)),
+        Rule("cfg_zero", 3, ("cond", "uncond"), ("scale",)),
+        Rule(
+            "apg",
+            4,
+            ("cond", "uncond", "state"),
+            ("scale", "eta", "norm_threshold", "momentum"),
+            optional=1,
+            defaults=(("eta", 1.0), ("norm_threshold", 0.0), ("momentum", 0.0)),
+        ),
+        Rule(
+            "magnitude_aware", 5, ("cond", "uncond"), ("scale", "alpha"), defaults=(("alpha", 8.0),)
+        ),
+        Rule("perp_neg", 6, ("cond", "negatives...", "uncond"), ("scale",), weights="weights"),
+        Rule("compose", 7, ("conds...", "uncond"), weights="weights"),
+        Rule("slerp", 8, ("a", "b"), ("weight",), common=False),
+        Rule("rescale", 9, ("cond", "guided"), common=False),
+    )
+}

@@ -1,0 +1,94 @@
+"""Builds pydiffuse._C (the torch door) and pydiffuse._host (the NumPy door) with ninja.
+
+PYDIFFUSE_CUDA=0|1|auto (default auto: where nvcc is found), PYDIFFUSE_CUDA_ARCHS (default
+"80;90a;100"), CXX, NVCC and MAX_JOBS are read from the environment.
+"""
+
+import os
+import platform
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import ninja
+import pybind11
+import torch
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from torch.utils.cpp_extension import include_paths, library_paths
+
+ROOT = Path(__file__).parent
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+CXX = "-std=c++20 -O3 -g0 -fPIC -fvisibility=hidden -ffp-contract=fast -fno-math-errno -Wall -Wextra"
+SIMD = {"default": ""}
+if X86:
+    SIMD["avx2"] = "-mavx2 -mfma -mf16c"
+    SIMD["avx512"] = "-mavx512f -mavx512dq -mavx512vl -mavx512bw " + SIMD["avx2"]
+TORCH = "-DTORCH_TARGET_VERSION=0x020b000000000000ULL " + " ".join(f"-isystem {p}" for p in include_paths())
+PYTHON = f"-isystem {sysconfig.get_path('include')}"
+NVCC = (
+    "-std=c++20 -O3 --expt-relaxed-constexpr -Xcompiler -fPIC,-fvisibility=hidden -DUSE_CUDA"
+    " -include csrc/cuda/weak_symbols.h -diag-suppress 20012"
+)
+
+
+def nvcc() -> str | None:
+    wanted = os.environ.get("PYDIFFUSE_CUDA", "auto")
+    found = os.environ.get("NVCC") or shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+    if wanted == "1" and not found:
+        raise RuntimeError("PYDIFFUSE_CUDA=1, but nvcc was not found: put it on PATH or set NVCC")
+    return None if wanted == "0" else found
+
+
+class NinjaBuild(build_ext):
+    """Each source by its own flags, objects shared by both extensions, only what changed again."""
+
+    def build_extensions(self) -> None:
+        temp = Path(self.build_temp).resolve()
+        temp.mkdir(parents=True, exist_ok=True)
+        cuda = nvcc()
+        archs = os.environ.get("PYDIFFUSE_CUDA_ARCHS", "80;90a;100").split(";")
+        codes = " ".join(f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs)
+        lines = [
+            "rule cxx\n command = $cxx $flags -MMD -MF $out.d -c $in -o $out\n depfile = $out.d\n deps = gcc",
+            "rule link\n command = $cxx -shared -s $in -o $out $libs",
+            f"cxx = {os.environ.get('CXX', 'g++')}",
+        ]
+
+        def compiled(source: Path, flags: str, tag: str = "") -> str:
+            obj = temp / f"{source.relative_to(ROOT).as_posix().replace('/', '.')}{tag}.o"
+            compiler = f"\n cxx = {cuda}" if source.suffix == ".cu" else ""
+            lines.append(f"build {obj}: cxx {source}\n flags = {flags}{compiler}")
+            return str(obj)
+
+        def linked(name: str, objects: list[str], libs: str) -> None:
+            path = Path(self.get_ext_fullpath(name)).resolve()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lines.append(f"build {path}: link {' '.join(objects)}\n libs = {libs}")
+
+        kernels = [
+            compiled(source, f"{CXX} {flags} -Wno-maybe-uninitialized -DPYDIFFUSE_ISA={isa}", f".{isa}")
+            for source in sorted((ROOT / "csrc/cpu").glob("*.cpp"))
+            for isa, flags in SIMD.items()
+        ]
+        door = [compiled(s, f"{CXX} {TORCH} {PYTHON}") for s in sorted((ROOT / "csrc/torch").glob("*.cpp"))]
+        libs = "-L" + " -L".join(library_paths()) + " -ltorch_cpu"
+        if cuda:
+            flags = f"{NVCC} {codes} {TORCH}"
+            door += [compiled(s, flags) for s in sorted((ROOT / "csrc/cuda").glob("*.cu"))]
+            libs += f" -L{Path(cuda).resolve().parent.parent}/lib64 -lcudart_static -lrt -ldl -lpthread"
+        linked("pydiffuse._C", door + kernels, libs)
+        host = f"{CXX} {PYTHON} -isystem {pybind11.get_include()}"
+        sources = sorted((ROOT / "csrc/python").glob("*.cpp"))
+        linked("pydiffuse._host", [compiled(s, host) for s in sources] + kernels, "-lpthread")
+        (temp / "build.ninja").write_text("\n".join(lines) + "\n")
+        jobs = ["-j", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []
+        subprocess.run([Path(ninja.BIN_DIR) / "ninja", "-C", temp, *jobs], check=True, cwd=ROOT)
+
+
+assert torch.__version__  # headers and libtorch_cpu come from the torch that is installed
+setup(
+    ext_modules=[Extension("pydiffuse._C", []), Extension("pydiffuse._host", [])],
+    cmdclass={"build_ext": NinjaBuild},
+)
