@@ -98,6 +98,11 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+def cuda_archs() -> list[str]:
+    """The GPU architectures whose code the extension holds."""
+    return torch.ops.pydiffuse.cuda_archs().split(";") if built_cuda else []
+
+
 def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 

@@ -44,6 +44,7 @@ from pydiffuse.reference import guidance as reference
 from pydiffuse.rules import COMMON, MAX_PREDS, RULES, UPDATE, Rule
 
 Scalar = float | Tensor
+_NUMBERS = {float, int, bool}
 _PLAIN = (1.0, 1.0, 0.0, 0.0, 0.0, 1.0)  # a, b, h, s, p, q of a call without an update
 
 
@@ -349,7 +350,7 @@ def guide(
     for name, value in (("x", x), ("history", history), ("noise", noise)):
         if value is not None:
             check_tensors("guide", f"preds[0], {name}", (preds[0], value), same_dtype=False)
-    if not row.accepts(len(preds)):
+    if len(preds) not in row.counts:
         raise ValueError(
             f"guide: preds holds {len(preds)} tensors; rule {rule!r} accepts ({', '.join(row.preds)})"
         )
@@ -373,7 +374,7 @@ def guide(
         emit |= EMIT_STATE
     p, q = (0.0, 1.0) if predict is None else predict
     update = (a, b, h, s, p, q)
-    values = _own_values(row, len(preds), parameters)
+    values = own_values(row, len(preds), parameters)
     if any(isinstance(c, Tensor) and c.requires_grad for c in update) and torch.is_grad_enabled():
         return _guide_in_two(row, preds, values, original, rescale, x, history, noise, update, emit)
     return _call(
@@ -455,7 +456,7 @@ def _value(
     row = RULES[rule]
     name = name or rule
     check_tensors(name, "the predictions", preds)
-    if not row.accepts(len(preds)):
+    if len(preds) not in row.counts:
         raise ValueError(f"{name}: {len(preds)} predictions; accepted: ({', '.join(row.preds)})")
     if _ops.forced_reference():
         return _reference(row, preds, values, original, rescale, out, emit)
@@ -500,41 +501,40 @@ def _call(
     history: Tensor | None = None,
     noise: Tensor | None = None,
 ) -> Any:
-    params: list[float] = []
-    columns: list[int] = []
+    given = (*update, original, rescale, *values)
     tensors: list[Tensor] = []
-    for value in (*update, original, rescale, *values):
-        if isinstance(value, Tensor):
-            name = _parameter_name(row, len(params))
-            tensors.append(check_scalar(op, name, value, preds[0]))
-            columns.append(len(params))
-            params.append(0.0)
-        else:
-            params.append(value if type(value) is float else _number(op, row, len(params), value))
-    varied = torch.stack([t.double() for t in tensors], 1) if tensors else None
-    rescaled = params[7] != 0.0 or 7 in columns
-    call = Call(op, row.code, tuple(params), rescaled, tuple(columns), emit)
+    columns: tuple[int, ...] = ()
+    varied = None
+    if _NUMBERS.issuperset(map(type, given)):
+        params = tuple(map(float, given))
+    else:
+        columns = tuple(i for i, value in enumerate(given) if isinstance(value, Tensor))
+        tensors = [check_scalar(op, _parameter_name(row, i), given[i], preds[0]) for i in columns]
+        varied = torch.stack([t.double() for t in tensors], 1) if tensors else None
+        params = tuple(
+            0.0 if i in columns else _number(op, row, i, value) for i, value in enumerate(given)
+        )
+    call = Call(op, row.code, params, params[7] != 0.0 or 7 in columns, columns, emit)
     if out is None:
-        everything = (*preds, x, history, noise, varied)
-        if needs_function(everything):
+        if needs_function(varied, x, history, noise, *preds):
             results = Guide.apply(call, varied, x, history, noise, *preds)
             return results[0] if len(results) == 1 else results
         results = outputs(call, preds, x)
         run_guide(call, results, preds, x, history, noise, varied)
         return results[0] if len(results) == 1 else tuple(results)
-    given = [out] if isinstance(out, Tensor) else list(out)
+    outs = [out] if isinstance(out, Tensor) else list(out)
     everything = (*preds, *(t for t in (x, history, noise) if t is not None))
     likes = [preds[0] if x is None else x] * emit.bit_count()
     if emit & EMIT_STATE:
         likes[-1] = preds[0]
-    if len(given) != len(likes):
-        raise ValueError(f"{op}: out holds {len(given)} tensors; accepted: {len(likes)}")
-    for i, (o, like) in enumerate(zip(given, likes, strict=True)):
+    if len(outs) != len(likes):
+        raise ValueError(f"{op}: out holds {len(outs)} tensors; accepted: {len(likes)}")
+    for i, (o, like) in enumerate(zip(outs, likes, strict=True)):
         check_out(op, o, like, everything, "out" if isinstance(out, Tensor) else f"out[{i}]")
-        if any(o is other for other in given[:i]):
+        if any(o is other for other in outs[:i]):
             raise ValueError(f"{op}: out[{i}] is given twice; give each result its own tensor")
     check_no_grad(op, (*everything, *tensors))
-    with writable(given) as targets:
+    with writable(outs) as targets:
         run_guide(call, targets, preds, x, history, noise, varied)
     return out
 
@@ -574,7 +574,7 @@ def _weights(op: str, weights: Any, count: int) -> tuple[Scalar, ...]:
     return tuple(weights)
 
 
-def _own_values(row: Rule, preds: int, parameters: dict[str, Any]) -> tuple[Scalar, ...]:
+def own_values(row: Rule, preds: int, parameters: dict[str, Any]) -> tuple[Scalar, ...]:
     """A rule's own parameters in the kernels' order, from keywords."""
     defaults = dict(row.defaults)
     accepted = [*row.parameters, *([row.weights] if row.weights else [])]

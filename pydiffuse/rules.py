@@ -8,6 +8,7 @@ number for the batch or a value per sample. csrc/guidance.h has the same order.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 UPDATE = ("a", "b", "h", "s", "p", "q")
 COMMON = ("original", "rescale")
@@ -34,12 +35,12 @@ class Rule:
         """The coefficients depend on the predictions, by their Gram matrix."""
         return self.name not in ("linear", "cfg", "compose")
 
-    def accepts(self, count: int) -> bool:
+    @cached_property
+    def counts(self) -> range:
+        """How many predictions it takes."""
         many = any(name.endswith("...") for name in self.preds)
-        least = len(self.preds) - self.optional - (1 if many else 0)
-        if self.name in ("linear", "compose", "perp_neg"):
-            least = max(least, 1)
-        return least <= count <= (MAX_PREDS if many else len(self.preds))
+        least = len(self.preds) - self.optional - (many and len(self.preds) > 1)
+        return range(least, (MAX_PREDS if many else len(self.preds)) + 1)
 
 
 RULES = {

@@ -45,24 +45,22 @@ struct Layout {
   }
 
   // Inputs in another order are copied into it; `keep` owns the copies until the kernels are done.
-  Rows rows(const Tensor& given, Tensors* keep) const {
-    Tensor t = given;
-    bool same = t.dim() == like.dim(), order = true;
-    for (int64_t d = 0; same && d < t.dim(); ++d) {
-      same = t.size(d) == like.size(d);
-      order = order && (d == 0 || t.size(d) == 1 || t.stride(d) == like.stride(d));
+  Rows rows(const Tensor& t, Tensors* keep) const {
+    const auto size = t.sizes(), want = like.sizes(), stride = t.strides(), order = like.strides();
+    bool same = size.size() == want.size(), ordered = true;
+    for (size_t d = 0; same && d < size.size(); ++d) {
+      same = size[d] == want[d];
+      ordered = ordered && (d == 0 || size[d] == 1 || stride[d] == order[d]);
     }
     STD_TORCH_CHECK(same, op, ": all tensors must have one shape");
     STD_TORCH_CHECK(t.get_device_index() == like.get_device_index() && t.is_cuda() == like.is_cuda(),
                     op, ": all tensors must be on one device");
     const DType dtype = dtype_of(op, t);
-    if (!order && t.numel() > 0) {
-      STD_TORCH_CHECK(keep && like.is_contiguous(), op,
-                      ": tensors must share one order of dimensions in memory");
-      t = torch::stable::contiguous(t);
-      keep->push_back(t);
-    }
-    return {t.data_ptr(), t.dim() > 1 || t.numel() > 1 ? t.stride(0) : 1, dtype};
+    if (ordered || batch * n == 0) return {t.data_ptr(), stride[0], dtype};
+    STD_TORCH_CHECK(keep && like.is_contiguous(), op,
+                    ": tensors must share one order of dimensions in memory");
+    keep->push_back(torch::stable::contiguous(t));
+    return {keep->back().data_ptr(), n, dtype};
   }
 };
 

@@ -33,11 +33,13 @@ class Call(NamedTuple):
     emit: int
 
 
-def needs_function(tensors: tuple[Tensor | None, ...]) -> bool:
+def needs_function(*tensors: Tensor | None) -> bool:
     """Whether a call must go through autograd: a gradient is due or a functorch transform is on."""
-    if torch._C._are_functorch_transforms_active():
-        return True
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return torch._C._are_functorch_transforms_active()
 
 
 def samples_together(t: Tensor) -> bool:
@@ -61,9 +63,17 @@ def new_like(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     )
 
 
+def all_ordered(tensors: tuple[Tensor, ...], like: Tensor) -> bool:
+    stride = like.stride()
+    for t in tensors:
+        if t.stride() != stride:
+            return False
+    return True
+
+
 def ordered(t: Tensor, like: Tensor) -> Tensor:
     """t itself if its samples lie in memory in the order of `like`'s, else a copy that does."""
-    if t.is_contiguous() and like.is_contiguous():
+    if t.stride() == like.stride():
         return t
     pairs = zip(t.shape[1:], t.stride()[1:], like.stride()[1:], strict=True)
     if all(size == 1 or own == other for size, own, other in pairs):
@@ -81,23 +91,20 @@ def run_guide(
     varied: Tensor | None,
 ) -> None:
     like = out[0]
-    ops_for(call.op, like).guide.default(
-        out,
-        [ordered(p, like) for p in preds],
-        None if x is None else ordered(x, like),
-        None if history is None else ordered(history, like),
-        None if noise is None else ordered(noise, like),
-        call.rule,
-        call.params,
-        call.rescaled,
-        varied,
-        call.columns,
-        call.emit,
+    op, rule, params, rescaled, columns, emit = call
+    if not all_ordered(preds, like):
+        preds = tuple(ordered(p, like) for p in preds)
+    if x is not None:
+        x, history, noise = (None if t is None else ordered(t, like) for t in (x, history, noise))
+    ops_for(op, like).guide.default(
+        out, preds, x, history, noise, rule, params, rescaled, varied, columns, emit
     )
 
 
 def outputs(call: Call, preds: tuple[Tensor, ...], x: Tensor | None) -> list[Tensor]:
     like = preds[0] if x is None else x
+    if call.emit == EMIT_UPDATE:
+        return [new_like(like)]
     out = []
     if call.emit & EMIT_UPDATE:
         out.append(new_like(like))
