@@ -194,8 +194,9 @@ PYDIFFUSE_HD void rescale(const Sample<T>& s, T* c) {
     mean = mean + c[i] * s.sums[i];
     for (int j = 0; j < s.k; ++j) gg = gg + c[i] * c[j] * s.g(i, j);
   }
-  const T var_g = gg - mean * mean / T(s.n);
-  const T var_c = s.g(0, 0) - s.sums[0] * s.sums[0] / T(s.n);
+  const T n(s.n > 0 ? s.n : 1);
+  const T var_g = gg - mean * mean / n;
+  const T var_c = s.g(0, 0) - s.sums[0] * s.sums[0] / n;
   if (value(var_g) <= 1e-13 * value(gg)) return;
   const T ratio = value(var_c) <= 1e-13 * value(s.g(0, 0)) ? T(0.0) : root(var_c / var_g);
   const T factor = T(1.0) + s.params[param::phi] * (ratio - T(1.0));

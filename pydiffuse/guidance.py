@@ -170,7 +170,7 @@ def perp_neg(
     cond, uncond, each of the m negatives: [B, ...]. scale: w, a number or (B,). weights: v, m numbers
     or (B,) tensors, or one (B, m) tensor. Returns [B, ...] in their dtype.
     """
-    negatives = _sequence("perp_neg", "negatives", negatives)
+    negatives = _sequence("perp_neg", "negatives", negatives, least=0)
     values = (scale, *_weights("perp_neg", weights, len(negatives)))
     return _value("perp_neg", (cond, *negatives, uncond), values, original, rescale, out)
 
@@ -554,11 +554,11 @@ def _number(op: str, row: Rule, i: int, value: Any) -> float:
         ) from None
 
 
-def _sequence(op: str, argument: str, value: Any) -> list[Tensor]:
+def _sequence(op: str, argument: str, value: Any, least: int = 1) -> list[Tensor]:
     if isinstance(value, Tensor) or not isinstance(value, Sequence):
         raise TypeError(f"{op}: {argument} is {describe(value)}; accepted: a list of tensors [B, ...]")
-    if not 1 <= len(value) <= MAX_PREDS:
-        raise ValueError(f"{op}: {argument} holds {len(value)} tensors; accepted: 1 to {MAX_PREDS}")
+    if not least <= len(value) <= MAX_PREDS:
+        raise ValueError(f"{op}: {argument} holds {len(value)} tensors; accepted: {least} to {MAX_PREDS}")
     return list(value)
 
 

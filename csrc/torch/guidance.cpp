@@ -38,7 +38,7 @@ void mix_cpu(const Tensors& out, const Tensors& terms, const Tensor& matrix,
 
 void gram_cpu(const Tensor& out, const MaybeTensor& sums, const Tensors& preds) {
   STD_TORCH_CHECK(!preds.empty() && preds.size() <= MAX_PREDS, "gram: takes 1 to 16 predictions");
-  const Layout layout("gram", preds[0]);
+  const Layout layout("gram", preds[0], false);
   const int k = static_cast<int>(preds.size());
   check_doubles("gram", out, layout.batch * k * k);
   if (sums) check_doubles("gram", *sums, layout.batch * k);

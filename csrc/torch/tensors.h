@@ -33,15 +33,15 @@ struct Layout {
   Tensor like;
   int64_t batch, n;
 
-  Layout(const char* op_, const Tensor& t) : op(op_), like(t) {
+  Layout(const char* op_, const Tensor& t, bool written = true) : op(op_), like(t) {
     STD_TORCH_CHECK(t.dim() >= 1, op, ": tensors need a batch dimension");
     batch = t.size(0);
     n = batch == 0 ? 0 : t.numel() / batch;
     if (t.numel() == 0 || t.is_contiguous()) return;
     int64_t span = 1;
     for (int64_t d = 1; d < t.dim(); ++d) span += (t.size(d) - 1) * t.stride(d);
-    STD_TORCH_CHECK(span == n && (batch == 1 || t.stride(0) >= n), op,
-                    ": the elements of each output sample must lie together in memory");
+    STD_TORCH_CHECK(span == n && (batch == 1 || !written || t.stride(0) >= n), op,
+                    ": the elements of each sample must lie together in memory");
   }
 
   // Inputs in another order are copied into it; `keep` owns the copies until the kernels are done.

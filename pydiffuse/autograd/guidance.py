@@ -42,13 +42,14 @@ def needs_function(*tensors: Tensor | None) -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
-def samples_together(t: Tensor) -> bool:
-    """Each sample's elements fill one stretch of memory, in whatever order of dimensions."""
+def samples_together(t: Tensor, written: bool = True) -> bool:
+    """Each sample's elements fill one stretch of memory, in whatever order of dimensions; and, for
+    a tensor that is written, no two samples share one."""
     if t.is_contiguous():
         return True
     span = 1 + sum((size - 1) * stride for size, stride in zip(t.shape[1:], t.stride()[1:], strict=True))
     per_sample = t[0].numel() if len(t) else 0
-    return span == per_sample and (len(t) == 1 or t.stride(0) >= per_sample)
+    return span == per_sample and (len(t) == 1 or not written or t.stride(0) >= per_sample)
 
 
 def new_like(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -254,8 +255,9 @@ class Gram(Batched):
     @staticmethod
     def forward(op: str, *preds: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         like, k = preds[0], len(preds)
-        if not samples_together(like):
+        if not samples_together(like, written=False):
             like = like.contiguous()
+            preds = (like, *preds[1:])
         gram = torch.empty(len(like), k, k, dtype=torch.float64, device=like.device)
         sums = gram.new_empty(len(like), k)
         ops_for(op, like).gram.default(gram, sums, [ordered(p, like) for p in preds])

@@ -1,0 +1,22 @@
+"""What every test shares: poisoned memory, and the backends this process can run."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+
+os.environ.setdefault("TRITON_INTERPRET", "0" if os.environ.get("PYDIFFUSE_TEST_GPU") else "1")
+# The on-disk cache of torch.compile does not see a changed backward: a fresh one per run.
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="pydiffuse-inductor-")
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """torch.empty gives NaN, so that an element nobody wrote is seen."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
