@@ -7,8 +7,7 @@ number for the batch or a value per sample. csrc/guidance.h has the same order.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 
 UPDATE = ("a", "b", "h", "s", "p", "q")
 COMMON = ("original", "rescale")
@@ -35,12 +34,14 @@ class Rule:
         """The coefficients depend on the predictions, by their Gram matrix."""
         return self.name not in ("linear", "cfg", "compose")
 
-    @cached_property
-    def counts(self) -> range:
-        """How many predictions it takes."""
+    counts: range = field(init=False)
+    """How many predictions it takes."""
+
+    def __post_init__(self) -> None:
         many = any(name.endswith("...") for name in self.preds)
         least = len(self.preds) - self.optional - (many and len(self.preds) > 1)
-        return range(least, (MAX_PREDS if many else len(self.preds)) + 1)
+        most = MAX_PREDS if many else len(self.preds)
+        object.__setattr__(self, "counts", range(least, most + 1))
 
 
 RULES = {

@@ -147,6 +147,14 @@ class Batched(Function):
         return _unfold(info, cls.apply(*_fold(info, in_dims, args)))
 
 
+def derive(function: type[Function], *args: Any) -> Any:
+    """A Function inside a backward. Compiled graphs have no second derivative, and Dynamo (torch 2.13)
+    loses the arguments of a nested apply: there its forward is the whole of it."""
+    if torch.compiler.is_compiling():
+        return function.forward(*args)
+    return function.apply(*args)
+
+
 class Guide(Batched):
     """(call, varied, x, history, noise, *preds) -> a tuple of outputs, by `call.emit`."""
 
@@ -202,12 +210,12 @@ class Guide(Batched):
         dpreds: list[Tensor | None] = [None] * len(preds)
         dvaried = None
         if g is not None and (any(needs[5:]) or needs[1]):
-            dvaried, *dpreds = GuideBackward.apply(call, needs[1], varied, g, *preds)
+            dvaried, *dpreds = derive(GuideBackward, call, needs[1], varied, g, *preds)
         if state is not None:  # c - u + momentum state: APG's own output
             for i, d in enumerate((state, -state, times(MOMENTUM, state))[: len(preds)]):
                 dpreds[i] = plus(dpreds[i], d)
             if dvaried is not None and MOMENTUM in call.columns and len(preds) == 3:
-                G, _ = Gram.apply(call.op, state, preds[2])
+                G, _ = derive(Gram, call.op, state, preds[2])
                 column = torch.arange(dvaried.shape[1], device=G.device)
                 mine = column == call.columns.index(MOMENTUM)
                 dvaried = dvaried + mine * G[:, 0, 1, None]
@@ -271,7 +279,7 @@ class Gram(Batched):
     @staticmethod
     def backward(ctx: Any, dgram: Tensor, dsums: Tensor) -> Any:  # type: ignore[override]
         preds = ctx.saved_tensors
-        dpreds = Mix.apply(ctx.op, len(preds), (dgram + dgram.mT).contiguous(), dsums, *preds)
+        dpreds = derive(Mix, ctx.op, len(preds), (dgram + dgram.mT).contiguous(), dsums, *preds)
         return None, *(d.to(p.dtype) for d, p in zip(dpreds, preds, strict=True))
 
 
@@ -301,11 +309,11 @@ class Mix(Batched):
         J, M = ctx.outs, len(terms)
         dmatrix = dshift = None
         if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
-            G, sums = Gram.apply(ctx.op, *grads, *terms)
+            G, sums = derive(Gram, ctx.op, *grads, *terms)
             dmatrix, dshift = G[:, :J, J:], sums[:, :J] if ctx.shifted else None
         dterms: tuple[Tensor | None, ...] = (None,) * M
         if any(ctx.needs_input_grad[4:]):
-            dterms = Mix.apply(ctx.op, M, matrix.mT.contiguous(), None, *grads)
+            dterms = derive(Mix, ctx.op, M, matrix.mT.contiguous(), None, *grads)
             dterms = tuple(d.to(t.dtype) for d, t in zip(dterms, terms, strict=True))
         return None, None, dmatrix, dshift, *dterms
 
