@@ -13,6 +13,7 @@ The formulas stand in pydiffuse.reference.guidance.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -546,12 +547,11 @@ def _parameter_name(row: Rule, i: int) -> str:
 
 
 def _number(op: str, row: Rule, i: int, value: Any) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError):
+    if not isinstance(value, Real):
         raise TypeError(
             f"{op}: {_parameter_name(row, i)} is {describe(value)}; accepted: a number or a (B,) tensor"
-        ) from None
+        )
+    return float(value)
 
 
 def _sequence(op: str, argument: str, value: Any, least: int = 1) -> list[Tensor]:

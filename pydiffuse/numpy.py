@@ -87,22 +87,22 @@ def perp_neg(
     uncond: Array,
     negatives: Sequence[Array],
     scale: Scalar,
-    weights: Sequence[Scalar],
+    weights: Sequence[Scalar] | Array,
     *,
     original: bool = False,
     rescale: Scalar = 0.0,
 ) -> Array:
     """See pydiffuse.perp_neg."""
-    _check_weights("perp_neg", weights, len(negatives))
-    return _value("perp_neg", (cond, *negatives, uncond), (scale, *weights), original, rescale)
+    values = _columns("perp_neg", weights, len(negatives))
+    return _value("perp_neg", (cond, *negatives, uncond), (scale, *values), original, rescale)
 
 
 def compose(
-    conds: Sequence[Array], uncond: Array, weights: Sequence[Scalar], *, rescale: Scalar = 0.0
+    conds: Sequence[Array], uncond: Array, weights: Sequence[Scalar] | Array, *, rescale: Scalar = 0.0
 ) -> Array:
     """u + sum_i w_i (c_i - u).  See pydiffuse.compose."""
-    _check_weights("compose", weights, len(conds))
-    return _value("compose", (*conds, uncond), tuple(weights), False, rescale)
+    values = _columns("compose", weights, len(conds))
+    return _value("compose", (*conds, uncond), values, False, rescale)
 
 
 def slerp(a: Array, b: Array, weight: Scalar) -> Array:
@@ -154,6 +154,9 @@ def guide(
 
     if rule not in RULES:
         raise ValueError(f"guide: unknown rule {rule!r}; accepted: {', '.join(RULES)}")
+    weights = parameters.get("weights")
+    if isinstance(weights, np.ndarray):
+        parameters["weights"] = list(weights.T if weights.ndim == 2 else weights)
     values = own_values(RULES[rule], len(preds), parameters)
     p, q = (0.0, 1.0) if predict is None else predict
     emit = 1 | (2 if predict is not None else 0)
@@ -175,9 +178,12 @@ def _arrays(op: str, arrays: Sequence[Any]) -> list[Array]:
     return given
 
 
-def _check_weights(op: str, weights: Sequence[Scalar], count: int) -> None:
-    if len(weights) != count:
-        raise ValueError(f"{op}: weights holds {len(weights)} values; accepted: {count}")
+def _columns(op: str, weights: Any, count: int) -> tuple[Any, ...]:
+    """One weight for each of `count` predictions, from a sequence or the columns of (B, count)."""
+    columns = tuple(weights.T if isinstance(weights, np.ndarray) and weights.ndim == 2 else weights)
+    if len(columns) != count:
+        raise ValueError(f"{op}: weights holds {len(columns)} values; accepted: {count}")
+    return columns
 
 
 def _value(

@@ -106,11 +106,13 @@ std::pair<py::array_t<double>, py::array_t<double>> gram_arrays(const Arrays& pr
   for (int i = 0; i < k; ++i) p[i] = rows(preds[i], preds[0]);
   py::array_t<double> matrix({batch, int64_t(k), int64_t(k)}), sums({batch, int64_t(k)});
   double *g = matrix.mutable_data(), *s = sums.mutable_data();
-  py::gil_scoped_release release;
-  std::vector<double> packed(batch * stats(k, true));
-  gram(k, true, batch, n, p, packed.data(), threads());
-  for (int64_t b = 0; b < batch; ++b)
-    unpack(k, packed.data() + b * stats(k, true), true, g + b * k * k, s + b * k);
+  {
+    py::gil_scoped_release release;
+    std::vector<double> packed(batch * stats(k, true));
+    gram(k, true, batch, n, p, packed.data(), threads());
+    for (int64_t b = 0; b < batch; ++b)
+      unpack(k, packed.data() + b * stats(k, true), true, g + b * k * k, s + b * k);
+  }
   return {matrix, sums};
 }
 

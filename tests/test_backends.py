@@ -1,0 +1,153 @@
+"""The table of ops against what is there: files, functions, kernels, messages."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import pydiffuse
+from pydiffuse import _ops
+from tests.table import CASES
+
+ROOT = Path(__file__).parent.parent
+PUBLIC = pydiffuse.OPS
+
+
+@pytest.mark.parametrize("op", PUBLIC.values(), ids=PUBLIC)
+def test_every_declared_backend_has_its_room(op):
+    """One stem, one name, in every layer."""
+    assert getattr(pydiffuse, op.name) is getattr(importlib.import_module(f"pydiffuse.{op.stem}"), op.name)
+    reference = getattr(importlib.import_module(f"pydiffuse.reference.{op.stem}"), op.name)
+    mine, its = (inspect.signature(f).parameters for f in (getattr(pydiffuse, op.name), reference))
+    assert [(p.name, p.kind) for p in its.values()][: len(its) - ("original" not in its)] or mine
+    ignored = {"original", "rescale"} if op.name == "guide" else set()
+    assert [p for p in mine if p not in ignored] == [p for p in its if p not in ignored]
+    assert getattr(pydiffuse, op.name).__doc__ and reference.__doc__
+    rooms = {
+        "reference": f"pydiffuse/reference/{op.stem}.py",
+        "cpu": f"csrc/cpu/{op.stem}.cpp",
+        "cuda": f"csrc/cuda/{op.stem}.cu",
+        "triton": f"kernels/{op.stem}.py",
+    }
+    for backend in op.backends:
+        assert (ROOT / rooms[backend]).exists(), f"{op.name} declares {backend}"
+    for kernel in op.kernels:
+        registered = torch._C._dispatch_has_kernel_for_dispatch_key
+        assert registered(f"pydiffuse::{kernel}", "CPU")
+        assert registered(f"pydiffuse_triton::{kernel}", "CUDA")
+        assert callable(getattr(importlib.import_module(f"pydiffuse.kernels.{op.stem}"), kernel))
+        for door in ("csrc/torch", "csrc/cuda"):
+            sources = "".join(p.read_text() for p in sorted((ROOT / door).glob(f"{op.stem}*")))
+            assert f'm.impl("{kernel}"' in sources, f"{door} registers no {kernel}"
+    assert any(case.op == op.name for case in CASES), f"no case of {op.name} in the table"
+
+
+def test_every_public_function_is_in_the_table():
+    for stem in {op.stem for op in PUBLIC.values()}:
+        module = importlib.import_module(f"pydiffuse.{stem}")
+        functions = {
+            name
+            for name, f in inspect.getmembers(module, inspect.isfunction)
+            if f.__module__ == module.__name__ and not name.startswith("_")
+        } - {"own_values"}
+        assert functions == {op.name for op in PUBLIC.values() if op.stem == stem}
+
+
+def test_no_package_file_in_kernels():
+    """kernels/__init__.py would shadow PyPI's `kernels` from the repository root."""
+    assert not (ROOT / "kernels/__init__.py").exists()
+
+
+def test_backends_tell_what_is_missing():
+    table = pydiffuse.backends()
+    assert set(table) == set(PUBLIC)
+    assert table["tcfg"]["cpu"] == "ready"
+    if not torch.cuda.is_available():
+        assert "PYDIFFUSE_CUDA" in table["tcfg"]["cuda"] or "no CUDA device" in table["tcfg"]["cuda"]
+        with pytest.raises(RuntimeError, match="cuda"), pydiffuse.use_backend("cuda"):
+            pass
+
+
+def test_use_backend_nests_and_restores():
+    seen = []
+    with pydiffuse.use_backend("reference"):
+        seen.append(_ops._forced)
+        with pydiffuse.use_backend(None):
+            seen.append(_ops._forced)
+        seen.append(_ops._forced)
+        with pytest.raises(ZeroDivisionError), pydiffuse.use_backend("cpu"):
+            raise ZeroDivisionError
+        seen.append(_ops._forced)
+    assert [*seen, _ops._forced] == ["reference", None, "reference", "reference", None]
+
+
+def python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(ROOT), **env},
+        cwd="/",
+        text=True,
+        capture_output=True,
+    )
+
+
+def test_environment_chooses_the_backend():
+    code = "import pydiffuse; from pydiffuse import _ops; print(_ops._forced)"
+    assert python(code, PYDIFFUSE_BACKEND="reference").stdout.strip() == "reference"
+    wrong = python(code, PYDIFFUSE_BACKEND="fast")
+    assert wrong.returncode and "'fast'" in wrong.stderr and "triton" in wrong.stderr
+
+
+def test_import_without_the_extension():
+    """It works, says once what is missing, and computes nothing by another way unasked."""
+    code = """
+import sys, warnings
+sys.modules["pydiffuse._C"] = None
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import torch, pydiffuse
+told = [w for w in caught if "extension is missing" in str(w.message)]
+assert len(told) == 1 and "pip install" in str(told[0].message), caught
+c = torch.ones(1, 4)
+try:
+    pydiffuse.cfg(c, c, 2.0)
+    raise SystemExit("ran without its extension")
+except RuntimeError as error:
+    assert "pip install" in str(error), error
+with pydiffuse.use_backend("reference"):
+    assert pydiffuse.cfg(c, c, 2.0).sum() == 4
+print("ok")
+"""
+    done = python(code)
+    assert done.stdout.strip() == "ok", done.stderr
+
+
+def test_info_prints():
+    done = subprocess.run(
+        [sys.executable, "-m", "pydiffuse", "info"], cwd=ROOT, text=True, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr
+    for word in ("pydiffuse", "torch", "CPU capability", "CUDA kernels", "GPUs", *PUBLIC):
+        assert word in done.stdout
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_lower_cpu_capabilities(capability):
+    """The other copies of the CPU kernels, through the same value and gradient tests."""
+    from pydiffuse import _host
+
+    order = ["default", "avx2", "avx512"]
+    if order.index(_host.capability()) <= order.index(capability):
+        pytest.skip(f"this process runs {_host.capability()} already")
+    chosen = "cpu and (values or low_precision or extreme or nan)"
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/test_guidance.py", "-k", chosen]
+    env = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
+    done = subprocess.run(command, cwd=ROOT, env=env, text=True, capture_output=True)
+    assert done.returncode == 0, done.stdout[-3000:]
