@@ -3,7 +3,8 @@
 // gram: products in float64, where a product of two float32 numbers is exact; so ||c - u||^2 can be
 //   read off <c,c> - 2<c,u> + <u,u> however close c and u are, and nothing overflows.
 // mix: float32 fused multiply-adds, one rounding at the output.
-// Both walk an item tile by tile; float32 tiles are used where they lie, others are widened once.
+// Tensors of one dtype are read in that dtype, straight from memory. Where dtypes are mixed (bfloat16
+// predictions, a float32 latent) each is widened, a tile at a time, in the first-level cache.
 #include "guidance.h"
 
 #include <algorithm>
@@ -16,16 +17,22 @@ namespace {
 constexpr int64_t TILE = 1024;
 static_assert(CHUNK % TILE == 0 && TILE % WIDTH == 0);
 
-// All pairs of K tiles at once; two halves of a vector keep 2 triangle(K) chains in flight.
+bool same_dtype(const Rows* r, int count, DType dtype) {
+  return std::all_of(r, r + count, [&](const Rows& x) { return x.dtype == dtype; });
+}
+
+// All pairs of K rows at once; two halves of a vector keep 2 triangle(K) chains in flight.
 template <int K, bool SUMS>
-struct GramTile {
+struct GramSums {
   static constexpr int PAIRS = triangle(K), TOTAL = stats(K, SUMS);
   vdouble acc[TOTAL][2] = {};
 
-  void add(const float* const* p, int64_t i) {
+  template <class E>
+  void add(const typename E::Bits* const* p, int64_t i) {
     for (int h = 0; h < 2; ++h) {
       vdouble x[K];
-      for (int a = 0; a < K; ++a) x[a] = load_double(p[a] + i + h * HALF);
+      for (int a = 0; a < K; ++a)
+        x[a] = __builtin_convertvector(E::read_half(p[a] + i + h * HALF), vdouble);
       int e = 0;
       for (int a = 0; a < K; ++a)
         for (int b = a; b < K; ++b, ++e) acc[e][h] += x[a] * x[b];
@@ -33,55 +40,73 @@ struct GramTile {
         for (int a = 0; a < K; ++a) acc[PAIRS + a][h] += x[a];
     }
   }
-  void tile(const float* const* p, int64_t n) {
+  template <class E>
+  void add_all(const typename E::Bits* const* p, int64_t n) {
     int64_t i = 0;
-    for (; i + WIDTH <= n; i += WIDTH) add(p, i);
+    for (; i + WIDTH <= n; i += WIDTH) add<E>(p, i);
     if (i == n) return;
-    float tail[K][WIDTH] = {};  // zeros add nothing
-    const float* q[K];
+    typename E::Bits tail[K][WIDTH] = {};  // zeros add nothing
+    const typename E::Bits* q[K];
     for (int a = 0; a < K; ++a) {
-      std::memcpy(tail[a], p[a] + i, (n - i) * sizeof(float));
+      std::copy(p[a] + i, p[a] + n, tail[a]);
       q[a] = tail[a];
     }
-    add(q, 0);
+    add<E>(q, 0);
   }
   void finish(double* out) const {
     for (int e = 0; e < TOTAL; ++e) out[e] = lane_sum(acc[e][0]) + lane_sum(acc[e][1]);
   }
 };
 
+// The part of a sample that an item stands for.
+struct Part {
+  int64_t sample, first, last;
+  template <class Args>
+  Part(const Args& a, int64_t item)
+      : sample(item / a.chunks),
+        first(item % a.chunks * CHUNK),
+        last(std::min(first + CHUNK, a.n)) {}
+};
+
 template <int K, bool SUMS>
 void gram_item(const GramArgs& a, int64_t item) {
-  alignas(64) float scratch[K][TILE];
-  const int64_t sample = item / a.chunks, first = item % a.chunks * CHUNK;
-  const int64_t last = std::min(first + CHUNK, a.n);
-  GramTile<K, SUMS> state;
-  for (int64_t start = first; start < last; start += TILE) {
-    const int64_t n = std::min(TILE, last - start);
-    const float* p[K];
-    for (int i = 0; i < K; ++i) p[i] = tile(a.p[i], sample, start, n, scratch[i]);
-    state.tile(p, n);
+  const Part part(a, item);
+  GramSums<K, SUMS> sums;
+  if (same_dtype(a.p, K, a.p[0].dtype)) {
+    with_element(a.p[0].dtype, [&](auto element) {
+      using E = decltype(element);
+      const typename E::Bits* p[K];
+      for (int i = 0; i < K; ++i) p[i] = at<E>(a.p[i], part.sample, part.first);
+      sums.template add_all<E>(p, part.last - part.first);
+    });
+  } else {
+    alignas(64) float scratch[K][TILE];
+    for (int64_t start = part.first; start < part.last; start += TILE) {
+      const int64_t n = std::min(TILE, part.last - start);
+      const float* p[K];
+      for (int i = 0; i < K; ++i) p[i] = widen(a.p[i], part.sample, start, n, scratch[i]);
+      sums.template add_all<F32>(p, n);
+    }
   }
-  state.finish(a.partial + item * stats(K, SUMS));
+  sums.finish(a.partial + item * stats(K, SUMS));
 }
 
 // Many predictions: pair by pair over tiles that stay in the first-level cache.
 void gram_item_pairs(const GramArgs& a, int64_t item) {
   alignas(64) float scratch[MAX_PREDS + 1][TILE];
-  const int64_t sample = item / a.chunks, first = item % a.chunks * CHUNK;
-  const int64_t last = std::min(first + CHUNK, a.n);
+  const Part part(a, item);
   double* out = a.partial + item * stats(a.k, a.sums);
   std::fill(out, out + stats(a.k, a.sums), 0.0);
-  for (int64_t start = first; start < last; start += TILE) {
-    const int64_t n = std::min(TILE, last - start);
+  for (int64_t start = part.first; start < part.last; start += TILE) {
+    const int64_t n = std::min(TILE, part.last - start);
     const float* p[MAX_PREDS + 1];
-    for (int i = 0; i < a.k; ++i) p[i] = tile(a.p[i], sample, start, n, scratch[i]);
+    for (int i = 0; i < a.k; ++i) p[i] = widen(a.p[i], part.sample, start, n, scratch[i]);
     int e = 0;
     for (int i = 0; i < a.k; ++i)
       for (int j = i; j < a.k; ++j, ++e) {
-        GramTile<2, false> pair;  // entry 1 is the mixed product; the compiler drops the others
+        GramSums<2, false> pair;  // entry 1 is the mixed product; the compiler drops the others
         const float* q[2] = {p[i], p[j]};
-        pair.tile(q, n);
+        pair.add_all<F32>(q, n);
         out[e] += lane_sum(pair.acc[1][0]) + lane_sum(pair.acc[1][1]);
       }
     if (!a.sums) continue;
@@ -110,95 +135,120 @@ void gram(const GramArgs& a, int64_t begin, int64_t end) {
 }
 
 // dst = start + sum_m c[m] term[m], where `start` is a constant or, if `more`, dst itself.
-template <int M>
-void weigh(const float* const* term, const float* c, float shift, bool more, int64_t n, float* dst,
-           bool past_cache) {
+template <class E, int M>
+void weigh(const typename E::Bits* const* term, const float* c, float shift, bool more, int64_t n,
+           typename E::Bits* dst, bool past_cache) {
   int64_t i = 0;
   vfloat w[M];
   for (int m = 0; m < M; ++m) w[m] = vfloat{} + c[m];
   auto value = [&](int64_t at) {
-    vfloat y = more ? load<vfloat>(dst + at) : vfloat{} + shift;
-    for (int m = 0; m < M; ++m) y += w[m] * load<vfloat>(term[m] + at);
+    vfloat y = more ? E::read(dst + at) : vfloat{} + shift;
+    for (int m = 0; m < M; ++m) y += w[m] * E::read(term[m] + at);
     return y;
   };
-  if (past_cache && reinterpret_cast<uintptr_t>(dst) % sizeof(vfloat) == 0) {
-    for (; i + WIDTH <= n; i += WIDTH) stream(dst + i, value(i));
+  if (past_cache && reinterpret_cast<uintptr_t>(dst) % (WIDTH * sizeof *dst) == 0) {
+    for (; i + WIDTH <= n; i += WIDTH) E::write(dst + i, value(i), true);
   } else {
     for (; i + 2 * WIDTH <= n; i += 2 * WIDTH) {
       const vfloat lo = value(i), hi = value(i + WIDTH);
-      store(dst + i, lo);
-      store(dst + i + WIDTH, hi);
+      E::write(dst + i, lo, false);
+      E::write(dst + i + WIDTH, hi, false);
     }
   }
   for (; i < n; ++i) {
-    float y = more ? dst[i] : shift;
-    for (int m = 0; m < M; ++m) y += c[m] * term[m][i];
-    dst[i] = y;
+    float y = more ? E::read_one(dst + i) : shift;
+    for (int m = 0; m < M; ++m) y += c[m] * E::read_one(term[m] + i);
+    E::write_one(dst + i, y);
   }
 }
 
-using Weigh = void (*)(const float* const*, const float*, float, bool, int64_t, float*, bool);
-constexpr int GROUP = 6;  // terms per sweep; more are added on top
-constexpr Weigh WEIGH[GROUP + 1] = {nullptr, weigh<1>, weigh<2>, weigh<3>,
-                                    weigh<4>, weigh<5>, weigh<6>};
+constexpr int GROUP = 6;  // terms per sweep; more are added on top, in float32
 
-// The rows of a sample's matrix, with the unused terms left out.
+template <class E>
+void weigh(int terms, const typename E::Bits* const* term, const float* c, float shift, bool more,
+           int64_t n, typename E::Bits* dst, bool past_cache) {
+  using Sweep = void (*)(const typename E::Bits* const*, const float*, float, bool, int64_t,
+                         typename E::Bits*, bool);
+  static constexpr Sweep SWEEP[GROUP] = {weigh<E, 1>, weigh<E, 2>, weigh<E, 3>,
+                                         weigh<E, 4>, weigh<E, 5>, weigh<E, 6>};
+  SWEEP[terms - 1](term, c, shift, more, n, dst, past_cache);
+}
+
+// A row of a sample's matrix, with the unused terms left out.
 struct Row {
   int terms = 0;
   int index[MAX_TERMS];
   float c[MAX_TERMS];
   float shift;
-};
 
-void mix_item(const MixArgs& a, int64_t item, float (*scratch)[TILE]) {
-  const int64_t sample = item / a.chunks, first = item % a.chunks * CHUNK;
-  const int64_t last = std::min(first + CHUNK, a.n);
-  Row row[MAX_OUTS];
-  for (int j = 0; j < a.outs; ++j) {
-    row[j].shift = a.shift ? float(a.shift[sample * a.outs + j]) : -0.0f;  // -0 + y = y, always
+  Row() = default;
+  Row(const MixArgs& a, int64_t sample, int j)
+      : shift(a.shift ? float(a.shift[sample * a.outs + j]) : -0.0f) {  // -0 + y = y, always
     for (int m = 0; m < a.terms; ++m)
       if (a.used[j] >> m & 1) {
-        row[j].index[row[j].terms] = m;
-        row[j].c[row[j].terms++] = float(a.matrix[(sample * a.outs + j) * a.terms + m]);
+        index[terms] = m;
+        c[terms++] = float(a.matrix[(sample * a.outs + j) * a.terms + m]);
       }
   }
-  // A single float32 output is written in place: it may be one of the terms, position by position.
-  // Several wait in scratch until every one of them has read its terms.
-  float(*result)[TILE] = scratch + a.terms;
-  for (int64_t start = first; start < last; start += TILE) {
-    const int64_t n = std::min(TILE, last - start);
-    const float* term[MAX_TERMS];
-    for (int m = 0; m < a.terms; ++m) term[m] = tile(a.term[m], sample, start, n, scratch[m]);
-    float* dst[MAX_OUTS];
+};
+
+// One dtype throughout, and no output that another output still needs to read: each output is
+// written where it belongs, as it is computed.
+template <class E>
+void mix_item_in_place(const MixArgs& a, const Part& part, const Row* row) {
+  for (int64_t start = part.first; start < part.last; start += TILE) {
+    const int64_t n = std::min(TILE, part.last - start);
     for (int j = 0; j < a.outs; ++j) {
-      const Rows& out = a.out[j];
-      const bool direct = a.outs == 1 && out.dtype == DType::f32 && row[j].terms <= GROUP;
-      dst[j] = direct ? static_cast<float*>(out.data) + sample * out.stride + start : result[j];
-      if (row[j].terms == 0) std::fill(dst[j], dst[j] + n, row[j].shift);
+      const typename E::Bits* term[GROUP];
+      for (int m = 0; m < row[j].terms; ++m)
+        term[m] = at<E>(a.term[row[j].index[m]], part.sample, start);
+      weigh<E>(row[j].terms, term, row[j].c, row[j].shift, false, n, at<E>(a.out[j], part.sample, start),
+               a.stream);
+    }
+  }
+}
+
+// Any dtypes, any number of terms, outputs that may be terms of each other: results wait in float32
+// until all of them have read their terms.
+void mix_item_by_scratch(const MixArgs& a, const Part& part, const Row* row, float (*scratch)[TILE]) {
+  float(*result)[TILE] = scratch + a.terms;
+  for (int64_t start = part.first; start < part.last; start += TILE) {
+    const int64_t n = std::min(TILE, part.last - start);
+    const float* term[MAX_TERMS];
+    for (int m = 0; m < a.terms; ++m) term[m] = widen(a.term[m], part.sample, start, n, scratch[m]);
+    for (int j = 0; j < a.outs; ++j) {
+      if (row[j].terms == 0) std::fill(result[j], result[j] + n, row[j].shift);
       for (int m = 0; m < row[j].terms; m += GROUP) {
         const int count = std::min(GROUP, row[j].terms - m);
         const float* used[GROUP];
         for (int i = 0; i < count; ++i) used[i] = term[row[j].index[m + i]];
-        WEIGH[count](used, row[j].c + m, row[j].shift, m > 0, n, dst[j], direct && a.stream);
+        weigh<F32>(count, used, row[j].c + m, row[j].shift, m > 0, n, result[j], false);
       }
     }
-    for (int j = 0; j < a.outs; ++j) {
-      if (dst[j] != result[j]) continue;
-      const Rows& out = a.out[j];
-      const int64_t offset = sample * out.stride + start;
-      if (out.dtype == DType::f32) {
-        std::memcpy(static_cast<float*>(out.data) + offset, result[j], n * sizeof(float));
-      } else {
-        narrow(result[j], out.dtype, n, static_cast<uint16_t*>(out.data) + offset);
-      }
-    }
+    for (int j = 0; j < a.outs; ++j) narrow(result[j], a.out[j], part.sample, start, n);
   }
 }
 
 // Backwards: what the Gram pass read last is still in this core's cache.
 void mix(const MixArgs& a, int64_t begin, int64_t end) {
   alignas(64) float scratch[MAX_TERMS + MAX_OUTS][TILE];
-  for (int64_t item = end - 1; item >= begin; --item) mix_item(a, item, scratch);
+  const DType dtype = a.term[0].dtype;
+  const bool alike = same_dtype(a.term, a.terms, dtype) && same_dtype(a.out, a.outs, dtype);
+  Row row[MAX_OUTS];
+  for (int64_t item = end - 1, sample = -1; item >= begin; --item) {
+    const Part part(a, item);
+    bool in_place = alike && (a.outs == 1 || a.disjoint);
+    for (int j = 0; j < a.outs; ++j) {
+      if (part.sample != sample) row[j] = Row(a, part.sample, j);
+      in_place = in_place && 0 < row[j].terms && row[j].terms <= GROUP;
+    }
+    sample = part.sample;
+    if (in_place) {
+      with_element(dtype, [&](auto element) { mix_item_in_place<decltype(element)>(a, part, row); });
+    } else {
+      mix_item_by_scratch(a, part, row, scratch);
+    }
+  }
   if (a.stream) stream_fence();
 }
 

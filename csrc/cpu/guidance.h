@@ -25,6 +25,7 @@ struct MixArgs {         // out_j = shift_j + sum_m matrix_jm term_m, per sample
   const double* matrix;  // [batch, outs, terms]
   const double* shift;   // [batch, outs], or null
   bool stream;           // the outputs are too large to be worth caching
+  bool disjoint;         // no output shares memory with a term
 };
 
 struct GuidanceKernels {

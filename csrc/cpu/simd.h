@@ -1,4 +1,4 @@
-// Vectors of one instruction set, and float32 tiles of float32, bfloat16 and float16 memory.
+// Vectors of one instruction set, and the float lanes of float32, bfloat16 and float16 memory.
 //
 // A file that includes this is compiled once per instruction set (PYDIFFUSE_ISA names it). All
 // that stands here is in an anonymous namespace: a function shared between the copies would let
@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__AVX2__) || defined(__AVX512F__)
 #include <immintrin.h>
@@ -40,31 +41,12 @@ template <class V, class T>
 inline void store(T* p, V v) {
   std::memcpy(p, &v, sizeof v);
 }
-inline vdouble load_double(const float* p) {
-  return __builtin_convertvector(load<vhalf>(p), vdouble);
-}
 inline double lane_sum(vdouble v) {  // in a fixed order: halves of halves
   double lane[HALF];
   std::memcpy(lane, &v, sizeof v);
   for (int width = HALF / 2; width > 0; width /= 2)
     for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
   return lane[0];
-}
-
-// Past the caches: the line is written without being read first. p is aligned to a vector.
-inline void stream(float* p, vfloat v) {
-#if defined(__AVX512F__)
-  _mm512_stream_ps(p, (__m512)v);
-#elif defined(__AVX2__)
-  _mm256_stream_ps(p, (__m256)v);
-#else
-  store(p, v);
-#endif
-}
-inline void stream_fence() {
-#if defined(__AVX2__) || defined(__AVX512F__)
-  _mm_sfence();
-#endif
 }
 
 inline float bits_to_float(uint32_t u) {
@@ -100,49 +82,137 @@ inline uint16_t float_to_f16(float f) {  // to nearest even
   return uint16_t(sign | ((a + 0xfff + ((a >> 13) & 1) - 0x38000000) >> 13));
 }
 
-inline int64_t size_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
-
-// dst[0..n) = src in float32. Plain loops: the compiler vectorises both conversions.
-inline void widen(const void* src, DType dtype, int64_t n, float* __restrict__ dst) {
-  const auto* s = static_cast<const uint16_t*>(src);
-  int64_t i = 0;
-  if (dtype == DType::bf16) {
-    for (; i < n; ++i) dst[i] = bits_to_float(uint32_t(s[i]) << 16);
-    return;
-  }
+// How the elements of a tensor are read into float lanes and written from them. `past_cache` writes
+// the line without reading it first; p must then be aligned to a whole vector.
+struct F32 {
+  using Bits = float;
+  static vfloat read(const float* p) { return load<vfloat>(p); }
+  static vhalf read_half(const float* p) { return load<vhalf>(p); }
+  static float read_one(const float* p) { return *p; }
+  static void write(float* p, vfloat v, bool past_cache) {
 #if defined(__AVX512F__)
-  for (; i + 16 <= n; i += 16)
-    _mm512_storeu_ps(dst + i, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(s + i))));
+    if (past_cache) return _mm512_stream_ps(p, (__m512)v);
 #elif defined(__AVX2__)
-  for (; i + 8 <= n; i += 8)
-    _mm256_storeu_ps(dst + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(s + i))));
+    if (past_cache) return _mm256_stream_ps(p, (__m256)v);
 #endif
-  for (; i < n; ++i) dst[i] = f16_to_float(s[i]);
+    (void)past_cache;
+    store(p, v);
+  }
+  static void write_one(float* p, float f) { *p = f; }
+};
+
+struct BF16 {
+  using Bits = uint16_t;
+  template <int N>
+  struct Lanes {
+    typedef uint16_t u16 __attribute__((vector_size(N * 2)));
+    typedef uint32_t u32 __attribute__((vector_size(N * 4)));
+  };
+  static vfloat read(const uint16_t* p) {
+    using L = Lanes<WIDTH>;
+    return (vfloat)(__builtin_convertvector(load<L::u16>(p), L::u32) << 16);
+  }
+  static vhalf read_half(const uint16_t* p) {
+    using L = Lanes<HALF>;
+    return (vhalf)(__builtin_convertvector(load<L::u16>(p), L::u32) << 16);
+  }
+  static float read_one(const uint16_t* p) { return bits_to_float(uint32_t(*p) << 16); }
+  static void write(uint16_t* p, vfloat v, bool past_cache) {
+    using L = Lanes<WIDTH>;
+    const auto u = (L::u32)v;
+    const auto nan = (u & 0x7fffffff) > 0x7f800000;
+    const L::u32 half = nan ? (u >> 16) | 0x40 : (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+    const auto packed = __builtin_convertvector(half, L::u16);
+#if defined(__AVX512F__)
+    if (past_cache) return _mm256_stream_si256((__m256i*)p, (__m256i)packed);
+#elif defined(__AVX2__)
+    if (past_cache) return _mm_stream_si128((__m128i*)p, (__m128i)packed);
+#endif
+    (void)past_cache;
+    store(p, packed);
+  }
+  static void write_one(uint16_t* p, float f) { *p = float_to_bf16(f); }
+};
+
+struct F16 {
+  using Bits = uint16_t;
+#if defined(__AVX512F__)
+  static vfloat read(const uint16_t* p) { return (vfloat)_mm512_cvtph_ps(load<__m256i>(p)); }
+  static vhalf read_half(const uint16_t* p) { return (vhalf)_mm256_cvtph_ps(load<__m128i>(p)); }
+  static void write(uint16_t* p, vfloat v, bool past_cache) {
+    const __m256i packed = _mm512_cvtps_ph((__m512)v, 0);
+    past_cache ? _mm256_stream_si256((__m256i*)p, packed) : store(p, packed);
+  }
+#elif defined(__AVX2__)
+  static vfloat read(const uint16_t* p) { return (vfloat)_mm256_cvtph_ps(load<__m128i>(p)); }
+  static vhalf read_half(const uint16_t* p) {
+    return (vhalf)_mm_cvtph_ps(_mm_loadl_epi64((const __m128i*)p));
+  }
+  static void write(uint16_t* p, vfloat v, bool past_cache) {
+    const __m128i packed = _mm256_cvtps_ph((__m256)v, 0);
+    past_cache ? _mm_stream_si128((__m128i*)p, packed) : store(p, packed);
+  }
+#else
+  template <class V>
+  static V read_lanes(const uint16_t* p) {
+    V v;
+    for (unsigned i = 0; i < sizeof(V) / 4; ++i) v[i] = f16_to_float(p[i]);
+    return v;
+  }
+  static vfloat read(const uint16_t* p) { return read_lanes<vfloat>(p); }
+  static vhalf read_half(const uint16_t* p) { return read_lanes<vhalf>(p); }
+  static void write(uint16_t* p, vfloat v, bool) {
+    for (int i = 0; i < WIDTH; ++i) p[i] = float_to_f16(v[i]);
+  }
+#endif
+  static float read_one(const uint16_t* p) { return f16_to_float(*p); }
+  static void write_one(uint16_t* p, float f) { *p = float_to_f16(f); }
+};
+
+inline void stream_fence() {
+#if defined(__AVX2__) || defined(__AVX512F__)
+  _mm_sfence();
+#endif
 }
 
-inline void narrow(const float* src, DType dtype, int64_t n, void* __restrict__ dst) {
-  auto* d = static_cast<uint16_t*>(dst);
-  int64_t i = 0;
-  if (dtype == DType::bf16) {
-    for (; i < n; ++i) d[i] = float_to_bf16(src[i]);
-    return;
+// f(E{}) for the element type of a dtype.
+template <class F>
+inline void with_element(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::f32: return f(F32{});
+    case DType::bf16: return f(BF16{});
+    case DType::f16: return f(F16{});
   }
-#if defined(__AVX512F__)
-  for (; i + 16 <= n; i += 16)
-    _mm256_storeu_si256((__m256i*)(d + i), _mm512_cvtps_ph(_mm512_loadu_ps(src + i), 0));
-#elif defined(__AVX2__)
-  for (; i + 8 <= n; i += 8)
-    _mm_storeu_si128((__m128i*)(d + i), _mm256_cvtps_ph(_mm256_loadu_ps(src + i), 0));
-#endif
-  for (; i < n; ++i) d[i] = float_to_f16(src[i]);
 }
 
-// A tile of float32 values: the memory itself where it is float32, else a widened copy.
-inline const float* tile(const Rows& r, int64_t sample, int64_t start, int64_t n, float* scratch) {
-  const int64_t offset = sample * r.stride + start;
-  if (r.dtype == DType::f32) return static_cast<const float*>(r.data) + offset;
-  widen(static_cast<const uint16_t*>(r.data) + offset, r.dtype, n, scratch);
+template <class E>
+inline typename E::Bits* at(const Rows& r, int64_t sample, int64_t start) {
+  return static_cast<typename E::Bits*>(r.data) + sample * r.stride + start;
+}
+
+// A tile in float32: the memory itself where it is float32, else a widened copy.
+inline const float* widen(const Rows& r, int64_t sample, int64_t start, int64_t n, float* scratch) {
+  if (r.dtype == DType::f32) return at<F32>(r, sample, start);
+  with_element(r.dtype, [&](auto element) {
+    using E = decltype(element);
+    const auto* src = at<E>(r, sample, start);
+    int64_t i = 0;
+    if constexpr (!std::is_same_v<E, F32>) {
+      for (; i + WIDTH <= n; i += WIDTH) store(scratch + i, E::read(src + i));
+      for (; i < n; ++i) scratch[i] = E::read_one(src + i);
+    }
+  });
   return scratch;
+}
+
+inline void narrow(const float* src, const Rows& r, int64_t sample, int64_t start, int64_t n) {
+  with_element(r.dtype, [&](auto element) {
+    using E = decltype(element);
+    auto* dst = at<E>(r, sample, start);
+    int64_t i = 0;
+    for (; i + WIDTH <= n; i += WIDTH) E::write(dst + i, load<vfloat>(src + i), false);
+    for (; i < n; ++i) E::write_one(dst + i, src[i]);
+  });
 }
 
 }  // namespace

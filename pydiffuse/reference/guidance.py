@@ -6,7 +6,7 @@ Computed in float32, or in float64 for float64 inputs (the oracle of the tests),
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -428,8 +428,10 @@ def apply(rule: str, preds: Sequence[Tensor], **parameters: Any) -> Any:
         parameters.pop("original", None)
     if rule == "apg" and "state" in arguments:
         parameters.setdefault("momentum", 0.0)
-    return globals()[rule](**arguments, **parameters)
+    return BY_NAME[rule](**arguments, **parameters)
 
 
-__all__ = [*RULES, "combine", "gram", "guide", "superpose"]
-__all__.remove("linear")
+BY_NAME: dict[str, Callable[..., Any]] = {
+    f.__name__: f
+    for f in (cfg, tcfg, cfg_zero, apg, magnitude_aware, perp_neg, compose, slerp, rescale)
+}

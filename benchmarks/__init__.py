@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m benchmarks` measures, checks and writes JSON; see `python -m benchmarks -h`."""
