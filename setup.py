@@ -6,8 +6,10 @@ PYDIFFUSE_CUDA=0|1|auto (default auto: where nvcc is found), PYDIFFUSE_CUDA_ARCH
 
 import os
 import platform
+import re
 import shutil
 import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -18,18 +20,20 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from torch.utils.cpp_extension import include_paths, library_paths
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).parent.resolve()
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 CXX = "-std=c++20 -O3 -g0 -fPIC -fvisibility=hidden -ffp-contract=fast -fno-math-errno -Wall -Wextra"
 SIMD = {"default": ""}
 if X86:
     SIMD["avx2"] = "-mavx2 -mfma -mf16c"
     SIMD["avx512"] = "-mavx512f -mavx512dq -mavx512vl -mavx512bw " + SIMD["avx2"]
-TORCH = "-DTORCH_TARGET_VERSION=0x020b000000000000ULL " + " ".join(f"-isystem {p}" for p in include_paths())
+TORCH = "-DTORCH_TARGET_VERSION=0x020b000000000000ULL " + " ".join(
+    f"-isystem {p}" for p in include_paths()
+)
 PYTHON = f"-isystem {sysconfig.get_path('include')}"
 NVCC = (
-    "-std=c++20 -O3 --expt-relaxed-constexpr -Xcompiler -fPIC,-fvisibility=hidden -DUSE_CUDA"
-    " -include csrc/cuda/weak_symbols.h -diag-suppress 20012"
+    "-std=c++20 -O3 --expt-relaxed-constexpr -Xcompiler -fPIC,-fvisibility=hidden"
+    " -DUSE_CUDA -diag-suppress 20012"
 )
 
 
@@ -45,10 +49,15 @@ class NinjaBuild(build_ext):
     """Each source by its own flags, objects shared by both extensions, only what changed again."""
 
     def build_extensions(self) -> None:
-        temp = Path(self.build_temp).resolve()
+        temp = (
+            ROOT
+            / "build"
+            / f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}-{torch.__version__}"
+        )
         temp.mkdir(parents=True, exist_ok=True)
         cuda = nvcc()
         archs = os.environ.get("PYDIFFUSE_CUDA_ARCHS", "80;90a;100").split(";")
+        built_for = f"""-DPYDIFFUSE_CUDA_ARCHS='"{";".join(archs) if cuda else ""}"'"""
         codes = " ".join(f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs)
         lines = [
             "rule cxx\n command = $cxx $flags -MMD -MF $out.d -c $in -o $out\n depfile = $out.d\n deps = gcc",
@@ -72,12 +81,16 @@ class NinjaBuild(build_ext):
             for source in sorted((ROOT / "csrc/cpu").glob("*.cpp"))
             for isa, flags in SIMD.items()
         ]
-        door = [compiled(s, f"{CXX} {TORCH} {PYTHON}") for s in sorted((ROOT / "csrc/torch").glob("*.cpp"))]
+        door = [
+            compiled(s, f"{CXX} {TORCH} {PYTHON} {built_for}") for s in sorted((ROOT / "csrc/torch").glob("*.cpp"))
+        ]
         libs = "-L" + " -L".join(library_paths()) + " -ltorch_cpu"
         if cuda:
             flags = f"{NVCC} {codes} {TORCH}"
             door += [compiled(s, flags) for s in sorted((ROOT / "csrc/cuda").glob("*.cu"))]
-            libs += f" -L{Path(cuda).resolve().parent.parent}/lib64 -lcudart_static -lrt -ldl -lpthread"
+            told = subprocess.run([cuda, "--dryrun", "-c", "x.cu"], capture_output=True, text=True).stderr
+            found = re.search("LIBRARIES=(.*)", told)  # nvcc may be a script that stands elsewhere
+            libs += f" {found[1] if found else ''} -lcudart_static -lrt -ldl -lpthread"
         linked("pydiffuse._C", door + kernels, libs)
         host = f"{CXX} {PYTHON} -isystem {pybind11.get_include()}"
         sources = sorted((ROOT / "csrc/python").glob("*.cpp"))
@@ -87,8 +100,8 @@ class NinjaBuild(build_ext):
         subprocess.run([Path(ninja.BIN_DIR) / "ninja", "-C", temp, *jobs], check=True, cwd=ROOT)
 
 
-assert torch.__version__  # headers and libtorch_cpu come from the torch that is installed
-setup(
-    ext_modules=[Extension("pydiffuse._C", []), Extension("pydiffuse._host", [])],
-    cmdclass={"build_ext": NinjaBuild},
-)
+if __name__ == "__main__":
+    setup(
+        ext_modules=[Extension("pydiffuse._C", []), Extension("pydiffuse._host", [])],
+        cmdclass={"build_ext": NinjaBuild},
+    )

@@ -41,7 +41,11 @@ def machine(device: str) -> dict[str, Any]:
         from pydiffuse import _host
 
         facts["cpu"] = next(
-            (line.split(":")[1].strip() for line in open("/proc/cpuinfo") if "model name" in line),
+            (
+                line.split(":")[1].strip()
+                for line in Path("/proc/cpuinfo").read_text().splitlines()
+                if "model name" in line
+            ),
             platform.processor(),
         )
         facts["threads"] = torch.get_num_threads()

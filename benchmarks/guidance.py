@@ -68,7 +68,9 @@ def relative(expected: Tensor) -> Callable[[Any], float]:
     return error
 
 
-def pair(shape: tuple[int, ...], device: str, dtype: torch.dtype = torch.float32, apart: float = 0.4) -> Any:
+def pair(
+    shape: tuple[int, ...], device: str, dtype: torch.dtype = torch.float32, apart: float = 0.4
+) -> Any:
     u = torch.randn(shape, dtype=torch.float64)
     c = u + apart * torch.randn(shape, dtype=torch.float64)
     return c.to(dtype).to(device), u.to(dtype).to(device)

@@ -52,7 +52,12 @@ class Row:
             "floor_ms": self.floor_ms,
             "share_of_floor": self.floor_ms / self.ms if self.floor_ms and self.ms else None,
             "rivals": [
-                {"name": r.name, "ms": r.ms, "ratio": r.ms / self.ms if self.ms else None, "error": r.error}
+                {
+                    "name": r.name,
+                    "ms": r.ms,
+                    "ratio": r.ms / self.ms if self.ms else None,
+                    "error": r.error,
+                }
                 for r in self.rivals
             ],
             "bars": [

@@ -41,7 +41,9 @@ def number(value: float | None, form: str) -> str:
 
 
 def full(record: dict[str, Any]) -> str:
-    text = line(["op", "what", "shape", "dtype", "ms", "GB/s", "of the floor", "error", "rivals, times ours"])
+    text = line(
+        ["op", "what", "shape", "dtype", "ms", "GB/s", "of the floor", "error", "rivals, times ours"]
+    )
     text += line(["---"] * 4 + ["---:"] * 4 + ["---"])
     for r in record["rows"]:
         if r["ms"] is None:

@@ -46,9 +46,9 @@ constexpr int bits(int set) { return (set & 1) + (set >> 1 & 1) + (set >> 2 & 1)
 
 enum class DType : int { f32, bf16, f16 };
 
-struct Rows {           // one tensor, seen as [batch, n]: each sample's n elements lie together
+struct Rows {  // one tensor, seen as [batch, n]: each sample's n elements lie together
   void* data = nullptr;
-  int64_t stride = 0;   // elements from one sample to the next
+  int64_t stride = 0;  // elements from one sample to the next
   DType dtype = DType::f32;
 };
 
@@ -56,5 +56,42 @@ struct Rows {           // one tensor, seen as [batch, n]: each sample's n eleme
 constexpr int triangle(int k) { return k * (k + 1) / 2; }
 constexpr int stats(int k, bool sums) { return triangle(k) + (sums ? k : 0); }
 constexpr int MAX_STATS = stats(MAX_PREDS + 1, true);
+
+// The calls, as the doors hand them to the CPU (cpu/guidance_call.h) and to CUDA
+// (cuda/guidance.cu).
+struct GuideCall {
+  Rule rule;
+  int k, has, emit;
+  bool rescaled;
+  int64_t batch, n;
+  Rows pred[MAX_PREDS], extra[3], out[3];
+  double params[MAX_PARAMS];
+  int nparams;
+  const double* varied;         // [batch, ncolumns]: parameters with a value per sample
+  int64_t columns[MAX_PARAMS];  // the parameters they stand for
+  int ncolumns;
+};
+
+struct GuideBackwardCall {
+  Rule rule;
+  int k;
+  bool rescaled;
+  int64_t batch, n;
+  Rows pred[MAX_PREDS], grad, dpred[MAX_PREDS];
+  double params[MAX_PARAMS];
+  int nparams;
+  const double* varied;
+  int64_t columns[MAX_PARAMS];
+  int ncolumns;
+  double* dvaried;  // [batch, ncolumns], or null
+};
+
+struct MixCall {
+  int terms, outs;
+  int64_t batch, n;
+  Rows term[MAX_TERMS], out[MAX_OUTS];
+  const double* matrix;  // [batch, outs, terms]
+  const double* shift;   // [batch, outs], or null
+};
 
 }  // namespace pydiffuse

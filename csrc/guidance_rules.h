@@ -1,9 +1,9 @@
 // The guidance rules: from a sample's Gram matrix to its coefficients, in float64.
 //
-// Written once over a scalar type T: `double` gives the coefficients, `Dual` one directional
-// derivative of them, from which `coefficients_vjp` builds the gradient by seeding each entry in
-// turn. k is small, so this costs nothing beside a pass over the predictions, and no rule needs a
-// backward formula of its own. Degenerate cases are defined where the division happens.
+// Written once over a scalar type T: `double` gives the coefficients, `Dual` their derivative by
+// one input, and `vjp_part` builds the gradient by seeding each input in turn. k is small, so this
+// costs nothing beside a pass over the predictions, and no rule needs a backward formula of its
+// own. Degenerate cases are defined where the division happens.
 #pragma once
 
 #include <cmath>
@@ -56,18 +56,37 @@ PYDIFFUSE_HD inline Dual length(Dual x, Dual y) {
   return {r, r == 0 ? 0 : (x.v * x.d + y.v * y.d) / r};
 }
 
+// The input that a Dual sample is differentiated by. G_ij and G_ji are one number and move
+// together.
+struct Seed {
+  enum Of { nothing, gram, sum, parameter } of = nothing;
+  int i = 0, j = 0;
+};
+PYDIFFUSE_HD inline void seeded(double v, bool, double* x) { *x = v; }
+PYDIFFUSE_HD inline void seeded(double v, bool seed, Dual* x) { *x = Dual(v, seed ? 1 : 0); }
+
 // What a rule sees of one sample.
 template <class T>
 struct Sample {
-  int k;             // predictions
-  double n;          // elements in each
-  const T* gram;     // [k, k]
-  const T* sums;     // [k], read only when the result is rescaled
-  const T* params;   // [RULE + ...], in the order of `param`
-  bool rescaled;     // params[phi] is not the constant 0
-  PYDIFFUSE_HD T g(int i, int j) const { return gram[i * k + j]; }
-  PYDIFFUSE_HD T rule(int i) const { return params[param::RULE + i]; }
-  PYDIFFUSE_HD bool original() const { return value(params[param::original]) != 0; }
+  int k;                 // predictions
+  double n;              // elements in each
+  const double* gram;    // [k, k]
+  const double* sums;    // [k], read only when the result is rescaled
+  const double* params;  // [RULE + ...], in the order of `param`
+  bool rescaled;         // params[phi] is not the constant 0
+  Seed seed = {};
+  PYDIFFUSE_HD T lift(double v, Seed::Of of, int i, int j) const {
+    T x;
+    seeded(v, seed.of == of && i == seed.i && j == seed.j, &x);
+    return x;
+  }
+  PYDIFFUSE_HD T g(int i, int j) const {
+    return lift(gram[i * k + j], Seed::gram, i < j ? i : j, i < j ? j : i);
+  }
+  PYDIFFUSE_HD T sum(int i) const { return lift(sums[i], Seed::sum, i, 0); }
+  PYDIFFUSE_HD T parameter(int i) const { return lift(params[i], Seed::parameter, i, 0); }
+  PYDIFFUSE_HD T rule(int i) const { return parameter(param::RULE + i); }
+  PYDIFFUSE_HD bool original() const { return params[param::original] != 0; }
 };
 
 // g = base + w (c - u'), u' = x c + y u, base = c if `original` else u'.
@@ -130,8 +149,10 @@ PYDIFFUSE_HD void magnitude_aware(const Sample<T>& s, T* c) {
   T dd = s.g(0, 0) - T(2.0) * s.g(0, 1) + uu;
   if (value(dd) < 0) dd = T(0.0);  // by rounding
   T decay(1.0);                    // c = u: nothing to scale
-  if (value(uu) == 0 && value(dd) > 0) decay = T(value(alpha) > 0 ? 0.0 : 1.0);
-  else if (!(value(dd) == 0)) decay = exponential(-alpha * root(dd / uu));
+  if (value(uu) == 0 && value(dd) > 0)
+    decay = T(value(alpha) > 0 ? 0.0 : 1.0);
+  else if (!(value(dd) == 0))
+    decay = exponential(-alpha * root(dd / uu));
   extrapolate(s, s.original() ? w * decay : T(1.0) + (w - T(1.0)) * decay, T(0.0), T(1.0), c);
 }
 
@@ -191,15 +212,15 @@ template <class T>
 PYDIFFUSE_HD void rescale(const Sample<T>& s, T* c) {
   T gg(0.0), mean(0.0);
   for (int i = 0; i < s.k; ++i) {
-    mean = mean + c[i] * s.sums[i];
+    mean = mean + c[i] * s.sum(i);
     for (int j = 0; j < s.k; ++j) gg = gg + c[i] * c[j] * s.g(i, j);
   }
   const T n(s.n > 0 ? s.n : 1);
   const T var_g = gg - mean * mean / n;
-  const T var_c = s.g(0, 0) - s.sums[0] * s.sums[0] / n;
+  const T var_c = s.g(0, 0) - s.sum(0) * s.sum(0) / n;
   if (value(var_g) <= 1e-13 * value(gg)) return;
   const T ratio = value(var_c) <= 1e-13 * value(s.g(0, 0)) ? T(0.0) : root(var_c / var_g);
-  const T factor = T(1.0) + s.params[param::phi] * (ratio - T(1.0));
+  const T factor = T(1.0) + s.parameter(param::phi) * (ratio - T(1.0));
   for (int i = 0; i < s.k; ++i) c[i] = factor * c[i];
 }
 
@@ -210,19 +231,36 @@ PYDIFFUSE_HD void coefficients(Rule rule, const Sample<T>& s, T* c) {
     case Rule::linear:
       for (int i = 0; i < s.k; ++i) c[i] = s.rule(i);
       break;
-    case Rule::cfg: extrapolate(s, s.rule(0), T(0.0), T(1.0), c); break;
-    case Rule::tcfg: tcfg(s, c); break;
-    case Rule::cfg_zero: cfg_zero(s, c); break;
-    case Rule::apg: apg(s, c); break;
-    case Rule::magnitude_aware: magnitude_aware(s, c); break;
-    case Rule::perp_neg: perp_neg(s, c); break;
-    case Rule::compose: compose(s, c); break;
-    case Rule::slerp: slerp(s, c); break;
+    case Rule::cfg:
+      extrapolate(s, s.rule(0), T(0.0), T(1.0), c);
+      break;
+    case Rule::tcfg:
+      tcfg(s, c);
+      break;
+    case Rule::cfg_zero:
+      cfg_zero(s, c);
+      break;
+    case Rule::apg:
+      apg(s, c);
+      break;
+    case Rule::magnitude_aware:
+      magnitude_aware(s, c);
+      break;
+    case Rule::perp_neg:
+      perp_neg(s, c);
+      break;
+    case Rule::compose:
+      compose(s, c);
+      break;
+    case Rule::slerp:
+      slerp(s, c);
+      break;
     case Rule::rescale:  // predictions: the one whose spread is kept, the guided one
       c[0] = T(0.0);
       c[1] = T(1.0);
       break;
-    default: break;
+    default:
+      break;
   }
   if (s.rescaled) rescale(s, c);
 }
@@ -232,47 +270,18 @@ PYDIFFUSE_HD inline bool needs_gram(Rule rule, bool rescaled) {
   return rescaled || !(rule == Rule::linear || rule == Rule::cfg || rule == Rule::compose);
 }
 
-// Gram entries arrive as an upper triangle followed by the sums; rules read a full matrix.
-template <class T>
-PYDIFFUSE_HD void unpack(int k, const double* packed, bool sums, T* gram, T* sum) {
-  int e = 0;
-  for (int i = 0; i < k; ++i)
-    for (int j = i; j < k; ++j) gram[i * k + j] = gram[j * k + i] = T(packed[e++]);
-  for (int i = 0; i < k; ++i) sum[i] = T(sums ? packed[e++] : 0.0);
+// Row i <= column j of entry e of an upper triangle [k, k]: row i holds k - i entries.
+PYDIFFUSE_HD inline void triangle_entry(int k, int e, int* i, int* j) {
+  for (*i = 0; e >= k - *i; ++*i) e -= k - *i;
+  *j = *i + e;
 }
 
-// The gradient of sum_i dc[i] c[i]: dgram [k, k] (symmetric, ready to multiply predictions:
-// dp_i = sum_j dgram_ij p_j), dsums [k], dparams for the `seeds` columns asked for.
-PYDIFFUSE_HD inline void coefficients_vjp(Rule rule, int k, double n, const double* packed, bool rescaled,
-                                          const double* params, int nparams, const double* dc,
-                                          const int64_t* columns, int ncolumns, double* dgram,
-                                          double* dsums, double* dparams) {
-  Dual gram[MAX_PREDS * MAX_PREDS], sums[MAX_PREDS], p[MAX_PARAMS], c[MAX_PREDS];
-  unpack(k, packed, rescaled, gram, sums);
-  for (int i = 0; i < nparams; ++i) p[i] = Dual(params[i]);
-  const Sample<Dual> sample{k, n, gram, sums, p, rescaled};
-  auto slope = [&](Dual& seed) {
-    seed.d = 1;
-    coefficients(rule, sample, c);
-    seed.d = 0;
-    double sum = 0;
-    for (int i = 0; i < k; ++i) sum += dc[i] * c[i].d;
-    return sum;
-  };
-  const bool curved = needs_gram(rule, rescaled);
-  for (int i = 0; i < k; ++i) {
-    for (int j = i; j < k; ++j) {
-      double g = 0;
-      if (curved) {  // G_ij and G_ji are the same number: both entries move
-        gram[j * k + i].d = 1;
-        g = slope(gram[i * k + j]);
-        gram[j * k + i].d = 0;
-      }
-      dgram[i * k + j] = dgram[j * k + i] = (i == j ? 2 : 1) * g;
-    }
-    dsums[i] = rescaled ? slope(sums[i]) : 0;
-  }
-  for (int i = 0; i < ncolumns; ++i) dparams[i] = slope(p[columns[i]]);
+// Gram entries arrive as an upper triangle followed by the sums; rules read a full matrix.
+PYDIFFUSE_HD inline void unpack(int k, const double* packed, bool sums, double* gram, double* sum) {
+  int e = 0;
+  for (int i = 0; i < k; ++i)
+    for (int j = i; j < k; ++j) gram[i * k + j] = gram[j * k + i] = packed[e++];
+  for (int i = 0; i < k; ++i) sum[i] = sums ? packed[e++] : 0.0;
 }
 
 // The rows [outs, k + extras] of one sample's linear combinations, from its coefficients.
@@ -301,29 +310,49 @@ PYDIFFUSE_HD inline void mix_rows(int k, int has, int emit, const double* params
   }
 }
 
-// The backward's combinations, from the packed statistics of (p_0 .. p_{k-1}, y), y the gradient of
-// sum_i c_i p_i:  dp_i = sum_j rows[i, j] p_j + rows[i, k] y + shift[i];  dparams [ncolumns] or null.
-PYDIFFUSE_HD inline void vjp_rows(Rule rule, int k, double n, const double* packed, bool rescaled,
-                                  const double* params, int nparams, const int64_t* columns,
-                                  int ncolumns, double* rows, double* shift, double* dparams) {
-  double own[MAX_STATS] = {}, dc[MAX_PREDS] = {}, dgram[MAX_PREDS * MAX_PREDS], unused[MAX_PARAMS];
-  int from = 0, to = 0;
-  for (int i = 0; i <= k; ++i)  // take the row of y out of the triangle
-    for (int j = i; j <= k; ++j, ++from) {
-      if (j < k) own[to++] = packed[from];
-      else if (i < k) dc[i] = packed[from];
-    }
-  for (int i = 0; i < k; ++i) own[to++] = rescaled ? packed[from++] : 0;
+// The backward's combinations, with y the gradient of sum_i c_i p_i and dc_i = <y, p_i>:
+//   dp_i = sum_j rows[i, j] p_j + rows[i, k] y + shift[i];  dparams [ncolumns], by `columns`.
+// They fall into parts that may be computed in any order: c_i, a shift, an entry of G, a parameter.
+PYDIFFUSE_HD inline int vjp_parts(int k, int ncolumns) { return 2 * k + triangle(k) + ncolumns; }
 
-  double gram[MAX_PREDS * MAX_PREDS], sums[MAX_PREDS], c[MAX_PREDS];
-  unpack(k, own, rescaled, gram, sums);
-  coefficients(rule, Sample<double>{k, n, gram, sums, params, rescaled}, c);
-  coefficients_vjp(rule, k, n, own, rescaled, params, nparams, dc, columns, dparams ? ncolumns : 0,
-                   dgram, shift, dparams ? dparams : unused);
-  for (int i = 0; i < k; ++i) {
-    for (int j = 0; j < k; ++j) rows[i * (k + 1) + j] = dgram[i * k + j];
-    rows[i * (k + 1) + k] = c[i];
+PYDIFFUSE_HD inline void vjp_part(int part, Rule rule, Sample<Dual> s, const double* dc,
+                                  const int64_t* columns, double* rows, double* shift,
+                                  double* dparams, Dual* c /* [k], scratch */) {
+  const int k = s.k, entry = part - 2 * k, column = entry - triangle(k);
+  auto slope = [&](Seed::Of of, int i, int j) {
+    s.seed = {of, i, j};
+    coefficients(rule, s, c);
+    double sum = 0;
+    for (int m = 0; m < k; ++m) sum += dc[m] * c[m].d;
+    return sum;
+  };
+  if (part < k) {
+    coefficients(rule, s, c);
+    rows[part * (k + 1) + k] = c[part].v;
+  } else if (entry < 0) {
+    shift[part - k] = s.rescaled ? slope(Seed::sum, part - k, 0) : 0;
+  } else if (column < 0) {
+    int i, j;
+    triangle_entry(k, entry, &i, &j);
+    const double g = needs_gram(rule, s.rescaled) ? slope(Seed::gram, i, j) : 0;
+    rows[i * (k + 1) + j] = rows[j * (k + 1) + i] = (i == j ? 2 : 1) * g;
+  } else {
+    dparams[column] = slope(Seed::parameter, static_cast<int>(columns[column]), 0);
   }
+}
+
+// From the packed statistics of (p_0 .. p_{k-1}, y): those of p alone, full, and dc.
+PYDIFFUSE_HD inline void unpack_vjp(int k, const double* packed, bool sums, double* gram,
+                                    double* sum, double* dc) {
+  int e = 0;
+  for (int i = 0; i <= k; ++i)
+    for (int j = i; j <= k; ++j, ++e) {
+      if (j < k)
+        gram[i * k + j] = gram[j * k + i] = packed[e];
+      else if (i < k)
+        dc[i] = packed[e];
+    }
+  for (int i = 0; i < k; ++i) sum[i] = sums ? packed[e++] : 0.0;
 }
 
 // Which terms each of those rows has: a term that is not there is not read, so its NaNs stay out.

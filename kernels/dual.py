@@ -26,8 +26,10 @@ def mul(x, y):
 
 @triton.jit
 def div(x, y):
-    v = x[0] / y[0]
-    return v, (x[1] - v * y[1]) * (1.0 / y[0])
+    # One division serves all quotients by the same y: float64 division is a subroutine on GPUs.
+    inverse = 1.0 / y[0]
+    v = x[0] * inverse
+    return v, (x[1] - v * y[1]) * inverse
 
 
 @triton.jit

@@ -100,7 +100,8 @@ def _has_triton() -> bool:
 
 def cuda_archs() -> list[str]:
     """The GPU architectures whose code the extension holds."""
-    return torch.ops.pydiffuse.cuda_archs().split(";") if built_cuda else []
+    archs = importlib.import_module("pydiffuse._C").cuda_archs if built else ""
+    return archs.split(";") if archs else []
 
 
 def _interpreted() -> bool:

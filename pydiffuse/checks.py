@@ -33,9 +33,7 @@ def alike(tensors: Sequence[Tensor]) -> bool:
     return True
 
 
-def check_tensors(
-    op: str, argument: str, tensors: Sequence[Tensor], *, same_dtype: bool = True
-) -> None:
+def check_tensors(op: str, argument: str, tensors: Sequence[Tensor], *, same_dtype: bool = True) -> None:
     """Tensors [B, ...] of an accepted dtype, alike in shape, device and, as asked, dtype."""
     if not tensors:
         raise ValueError(f"{op}: {argument} is empty; accepted: 1 to {MAX_PREDS} tensors")

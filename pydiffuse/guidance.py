@@ -86,7 +86,11 @@ def tcfg(
     """
     if not isinstance(cond, Tensor):
         return _tcfg_of_many(list(cond), uncond, scale, original, rescale, out)
-    return _value("tcfg", (cond, uncond), (scale,), original, rescale, out)
+    if isinstance(scale, list | tuple):
+        raise TypeError(
+            "tcfg: scale is a list, cond a tensor; accepted: a list of conditions, or one scale"
+        )
+    return _value("tcfg", (cond, uncond), (scale,), original, rescale, out)  # type: ignore[arg-type]
 
 
 def cfg_zero(
@@ -226,9 +230,7 @@ def gram(preds: Sequence[Tensor], *, sums: bool = False) -> Any:
     return (G, totals) if sums else G
 
 
-def combine(
-    preds: Sequence[Tensor], coefficients: Tensor, *, out: Tensor | None = None
-) -> Tensor:
+def combine(preds: Sequence[Tensor], coefficients: Tensor, *, out: Tensor | None = None) -> Tensor:
     """sum_i c[b,i] p_i, rounded once.
 
     preds: k <= 16 tensors [B, ...]. coefficients: (B, k) or (k,), any float dtype. Returns [B, ...].
@@ -287,7 +289,9 @@ def superpose(
     if kind not in ("or", "and"):
         raise ValueError(f"superpose: unknown kind {kind!r}; accepted: 'or', 'and'")
     if not isinstance(log_density, Tensor) or log_density.shape not in ((B, k), (k,)):
-        raise ValueError(f"superpose: log_density is {describe(log_density)}; accepted: ({B}, {k}) or ({k},)")
+        raise ValueError(
+            f"superpose: log_density is {describe(log_density)}; accepted: ({B}, {k}) or ({k},)"
+        )
     if not isinstance(step, Tensor) and not step > 0:
         raise ValueError(f"superpose: step is {step}; accepted: a number > 0 or ({B},)")
     for name, value in (("step", step), ("scale", scale)):
@@ -355,7 +359,7 @@ def guide(
         raise ValueError(
             f"guide: preds holds {len(preds)} tensors; rule {rule!r} accepts ({', '.join(row.preds)})"
         )
-    if history is None and not _is_zero(h) or noise is None and not _is_zero(s):
+    if (history is None and not _is_zero(h)) or (noise is None and not _is_zero(s)):
         raise ValueError("guide: h needs history and s needs noise; one of them was left out")
     momentum = parameters.get("momentum")
     if rule == "apg" and len(preds) == 3 and momentum is None:
@@ -378,9 +382,7 @@ def guide(
     values = own_values(row, len(preds), parameters)
     if any(isinstance(c, Tensor) and c.requires_grad for c in update) and torch.is_grad_enabled():
         return _guide_in_two(row, preds, values, original, rescale, x, history, noise, update, emit)
-    return _call(
-        "guide", row, preds, update, values, original, rescale, out, emit, x, history, noise
-    )
+    return _call("guide", row, preds, update, values, original, rescale, out, emit, x, history, noise)
 
 
 def _guide_in_two(

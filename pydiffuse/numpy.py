@@ -127,7 +127,9 @@ def combine(preds: Sequence[Array], coefficients: ArrayLike) -> Array:
     shape = (len(arrays[0]), len(arrays))
     given = np.asarray(coefficients, dtype=np.float64)
     if given.shape not in (shape, shape[1:]):
-        raise ValueError(f"combine: coefficients has shape {given.shape}; accepted: {shape} or {shape[1:]}")
+        raise ValueError(
+            f"combine: coefficients has shape {given.shape}; accepted: {shape} or {shape[1:]}"
+        )
     out = np.empty_like(arrays[0])
     _host.mix([out], arrays, np.ascontiguousarray(np.broadcast_to(given, shape)))
     return out
@@ -163,7 +165,9 @@ def guide(
     if rule == "apg" and parameters.get("momentum") is not None:
         emit |= 4
     update = (a, b, h, s, p, q)
-    return _value(rule, tuple(preds), values, original, rescale, update, (x, history, noise), emit, "guide")
+    return _value(
+        rule, tuple(preds), values, original, rescale, update, (x, history, noise), emit, "guide"
+    )
 
 
 def _arrays(op: str, arrays: Sequence[Any]) -> list[Array]:
@@ -174,7 +178,9 @@ def _arrays(op: str, arrays: Sequence[Any]) -> list[Array]:
         if a.dtype.name not in _DTYPES:
             raise TypeError(f"{op}: an array is {a.dtype.name}; accepted: {', '.join(_DTYPES)}")
         if a.shape != given[0].shape:
-            raise ValueError(f"{op}: shapes {given[0].shape} and {a.shape}; all must be one shape [B, ...]")
+            raise ValueError(
+                f"{op}: shapes {given[0].shape} and {a.shape}; all must be one shape [B, ...]"
+            )
     return given
 
 

@@ -59,9 +59,7 @@ RULES = {
             optional=1,
             defaults=(("eta", 1.0), ("norm_threshold", 0.0), ("momentum", 0.0)),
         ),
-        Rule(
-            "magnitude_aware", 5, ("cond", "uncond"), ("scale", "alpha"), defaults=(("alpha", 8.0),)
-        ),
+        Rule("magnitude_aware", 5, ("cond", "uncond"), ("scale", "alpha"), defaults=(("alpha", 8.0),)),
         Rule("perp_neg", 6, ("cond", "negatives...", "uncond"), ("scale",), weights="weights"),
         Rule("compose", 7, ("conds...", "uncond"), weights="weights"),
         Rule("slerp", 8, ("a", "b"), ("weight",), common=False),

@@ -33,9 +33,7 @@ def doubled(arguments: Any) -> Any:
 
 def values_and_gradients(case: Case, arguments: Any, backend: str) -> tuple[list[Tensor], list[Tensor]]:
     """Results, and the gradients of sum_i <w_i, result_i> with fixed w for every tensor argument."""
-    copies = tree_map(
-        lambda t: t.detach().requires_grad_() if isinstance(t, Tensor) else t, arguments
-    )
+    copies = tree_map(lambda t: t.detach().requires_grad_() if isinstance(t, Tensor) else t, arguments)
     results = run(case, copies, backend)
     loss = torch.zeros((), dtype=torch.float64, device=results[0].device)
     generator = torch.Generator().manual_seed(7)

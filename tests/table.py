@@ -174,9 +174,7 @@ CASES = [
     ),
     Case("perp_neg", "none", lambda t: ((t.pred(), t.pred(), [], 7.5, []), {}), 4),
     Case("compose", "and_not", lambda t: ((t.preds(2), t.pred(), [5.0, -2.0]), {}), 3),
-    Case(
-        "compose", "rescaled", lambda t: ((t.preds(3), t.pred(), t.table(3)), {"rescale": 0.5}), 8
-    ),
+    Case("compose", "rescaled", lambda t: ((t.preds(3), t.pred(), t.table(3)), {"rescale": 0.5}), 8),
     Case("slerp", "number", lambda t: ((t.pred(), t.pred(), 0.3), {}), 4),
     Case("slerp", "per_sample", lambda t: ((t.pred(), t.pred(), t.per_sample(-0.5, 1.5)), {}), 4),
     Case("rescale", "number", lambda t: ((t.pred(mean=1.0), t.pred(noise=3.0), 0.7), {}), 3),

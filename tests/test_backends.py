@@ -23,7 +23,9 @@ PUBLIC = pydiffuse.OPS
 @pytest.mark.parametrize("op", PUBLIC.values(), ids=PUBLIC)
 def test_every_declared_backend_has_its_room(op):
     """One stem, one name, in every layer."""
-    assert getattr(pydiffuse, op.name) is getattr(importlib.import_module(f"pydiffuse.{op.stem}"), op.name)
+    assert getattr(pydiffuse, op.name) is getattr(
+        importlib.import_module(f"pydiffuse.{op.stem}"), op.name
+    )
     reference = getattr(importlib.import_module(f"pydiffuse.reference.{op.stem}"), op.name)
     mine, its = (inspect.signature(f).parameters for f in (getattr(pydiffuse, op.name), reference))
     assert [(p.name, p.kind) for p in its.values()][: len(its) - ("original" not in its)] or mine
@@ -147,7 +149,16 @@ def test_lower_cpu_capabilities(capability):
     if order.index(_host.capability()) <= order.index(capability):
         pytest.skip(f"this process runs {_host.capability()} already")
     chosen = "cpu and (values or low_precision or extreme or nan)"
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/test_guidance.py", "-k", chosen]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        "tests/test_guidance.py",
+        "-k",
+        chosen,
+    ]
     env = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
     done = subprocess.run(command, cwd=ROOT, env=env, text=True, capture_output=True)
     assert done.returncode == 0, done.stdout[-3000:]

@@ -109,9 +109,7 @@ def test_same_bits_twice_and_alone(case, backend):
     first, second = (values_and_gradients(case, given, backend) for _ in range(2))
     for a, b in zip(first[0] + first[1], second[0] + second[1], strict=True):
         assert torch.equal(a, b)
-    alone = torch.utils._pytree.tree_map(
-        lambda t: t[1:2] if isinstance(t, torch.Tensor) else t, given
-    )
+    alone = torch.utils._pytree.tree_map(lambda t: t[1:2] if isinstance(t, torch.Tensor) else t, given)
     for a, b in zip(run(case, alone, backend), run(case, given, backend), strict=True):
         assert torch.equal(a[0], b[1])
 
@@ -259,7 +257,9 @@ def test_out(case, backend):
     expected = run(case, (args, kwargs), backend)
     out = [torch.full_like(t, float("nan")) for t in expected]
     out = out[0] if len(out) == 1 else tuple(out)
-    assert all(torch.equal(a, b) for a, b in zip(run(case, (args, {**kwargs, "out": out}), backend), expected))
+    assert all(
+        torch.equal(a, b) for a, b in zip(run(case, (args, {**kwargs, "out": out}), backend), expected)
+    )
     first = next(t for t in leaves((args, kwargs)) if t.shape == expected[0].shape)
     if len(expected) == 1:
         reused = run(case, (args, {**kwargs, "out": first}), backend)[0]
@@ -269,7 +269,11 @@ def test_out(case, backend):
 def test_out_of_any_layout():
     c, u = (torch.randn(2, 3, 5, 4) for _ in range(2))
     expected = pydiffuse.tcfg(c, u, 3.0)
-    for out in (torch.empty(2, 3, 4, 5).mT, torch.empty(2, 3, 5, 8)[..., ::2], torch.empty(4, 3, 5, 4)[::2]):
+    for out in (
+        torch.empty(2, 3, 4, 5).mT,
+        torch.empty(2, 3, 5, 8)[..., ::2],
+        torch.empty(4, 3, 5, 4)[::2],
+    ):
         assert pydiffuse.tcfg(c, u, 3.0, out=out) is out and torch.equal(out, expected)
 
 

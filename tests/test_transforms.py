@@ -35,7 +35,9 @@ def test_compile_fullgraph(case):
     expected, slopes = values_and_gradients(case, given, BACKEND)
     torch._dynamo.reset()
     op = getattr(pydiffuse, case.op)
-    compiled = torch.compile(lambda args, kwargs: op(*args, **kwargs), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda args, kwargs: op(*args, **kwargs), fullgraph=True, backend="aot_eager"
+    )
     copies = tree_map(lambda t: t.detach().requires_grad_() if isinstance(t, torch.Tensor) else t, given)
     results = leaves(compiled(*copies))
     generator = torch.Generator().manual_seed(7)

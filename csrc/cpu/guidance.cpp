@@ -3,8 +3,9 @@
 // gram: products in float64, where a product of two float32 numbers is exact; so ||c - u||^2 can be
 //   read off <c,c> - 2<c,u> + <u,u> however close c and u are, and nothing overflows.
 // mix: float32 fused multiply-adds, one rounding at the output.
-// Tensors of one dtype are read in that dtype, straight from memory. Where dtypes are mixed (bfloat16
-// predictions, a float32 latent) each is widened, a tile at a time, in the first-level cache.
+// Tensors of one dtype are read in that dtype, straight from memory. Where dtypes are mixed
+// (bfloat16 predictions, a float32 latent) each is widened, a tile at a time, in the first-level
+// cache.
 #include "guidance.h"
 
 #include <algorithm>
@@ -126,10 +127,14 @@ void gram_items(const GramArgs& a, int64_t begin, int64_t end) {
 
 void gram(const GramArgs& a, int64_t begin, int64_t end) {
   switch (a.k) {
-    case 1: return gram_items<1>(a, begin, end);
-    case 2: return gram_items<2>(a, begin, end);
-    case 3: return gram_items<3>(a, begin, end);
-    case 4: return gram_items<4>(a, begin, end);
+    case 1:
+      return gram_items<1>(a, begin, end);
+    case 2:
+      return gram_items<2>(a, begin, end);
+    case 3:
+      return gram_items<3>(a, begin, end);
+    case 4:
+      return gram_items<4>(a, begin, end);
   }
   for (int64_t item = begin; item < end; ++item) gram_item_pairs(a, item);
 }
@@ -202,16 +207,17 @@ void mix_item_in_place(const MixArgs& a, const Part& part, const Row* row) {
       const typename E::Bits* term[GROUP];
       for (int m = 0; m < row[j].terms; ++m)
         term[m] = at<E>(a.term[row[j].index[m]], part.sample, start);
-      weigh<E>(row[j].terms, term, row[j].c, row[j].shift, false, n, at<E>(a.out[j], part.sample, start),
-               a.stream);
+      weigh<E>(row[j].terms, term, row[j].c, row[j].shift, false, n,
+               at<E>(a.out[j], part.sample, start), a.stream);
     }
   }
 }
 
 // Any dtypes, any number of terms, outputs that may be terms of each other: results wait in float32
 // until all of them have read their terms.
-void mix_item_by_scratch(const MixArgs& a, const Part& part, const Row* row, float (*scratch)[TILE]) {
-  float(*result)[TILE] = scratch + a.terms;
+void mix_item_by_scratch(const MixArgs& a, const Part& part, const Row* row,
+                         float (*scratch)[TILE]) {
+  float (*result)[TILE] = scratch + a.terms;
   for (int64_t start = part.first; start < part.last; start += TILE) {
     const int64_t n = std::min(TILE, part.last - start);
     const float* term[MAX_TERMS];
@@ -244,7 +250,8 @@ void mix(const MixArgs& a, int64_t begin, int64_t end) {
     }
     sample = part.sample;
     if (in_place) {
-      with_element(dtype, [&](auto element) { mix_item_in_place<decltype(element)>(a, part, row); });
+      with_element(dtype,
+                   [&](auto element) { mix_item_in_place<decltype(element)>(a, part, row); });
     } else {
       mix_item_by_scratch(a, part, row, scratch);
     }
@@ -257,5 +264,6 @@ void mix(const MixArgs& a, int64_t begin, int64_t end) {
 
 #define PYDIFFUSE_JOIN_(a, b) a##b
 #define PYDIFFUSE_JOIN(a, b) PYDIFFUSE_JOIN_(a, b)
-extern "C" __attribute__((visibility("hidden"))) const pydiffuse::GuidanceKernels PYDIFFUSE_JOIN(
-    pydiffuse_guidance_, PYDIFFUSE_ISA) = {pydiffuse::gram, pydiffuse::mix};
+extern "C" __attribute__((visibility("hidden")))
+const pydiffuse::GuidanceKernels PYDIFFUSE_JOIN(pydiffuse_guidance_, PYDIFFUSE_ISA) = {
+    pydiffuse::gram, pydiffuse::mix};

@@ -14,18 +14,18 @@ struct GramArgs {
   bool sums;
   int64_t batch, n, chunks;
   Rows p[MAX_PREDS + 1];
-  double* partial;       // [batch, chunks, stats(k, sums)]
+  double* partial;  // [batch, chunks, stats(k, sums)]
 };
 
-struct MixArgs {         // out_j = shift_j + sum_m matrix_jm term_m, per sample
+struct MixArgs {  // out_j = shift_j + sum_m matrix_jm term_m, per sample
   int terms, outs;
   int64_t batch, n, chunks;
   Rows term[MAX_TERMS], out[MAX_OUTS];
   uint32_t used[MAX_OUTS];  // bit m: term m appears in out_j (a zero coefficient still counts)
-  const double* matrix;  // [batch, outs, terms]
-  const double* shift;   // [batch, outs], or null
-  bool stream;           // the outputs are too large to be worth caching
-  bool disjoint;         // no output shares memory with a term
+  const double* matrix;     // [batch, outs, terms]
+  const double* shift;      // [batch, outs], or null
+  bool stream;              // the outputs are too large to be worth caching
+  bool disjoint;            // no output shares memory with a term
 };
 
 struct GuidanceKernels {
@@ -36,6 +36,7 @@ struct GuidanceKernels {
 }  // namespace pydiffuse
 
 extern "C" {
-__attribute__((visibility("hidden"))) extern const pydiffuse::GuidanceKernels
-    pydiffuse_guidance_default, pydiffuse_guidance_avx2, pydiffuse_guidance_avx512;
+__attribute__((
+    visibility("hidden"))) extern const pydiffuse::GuidanceKernels pydiffuse_guidance_default,
+    pydiffuse_guidance_avx2, pydiffuse_guidance_avx512;
 }

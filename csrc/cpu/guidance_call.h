@@ -183,8 +183,8 @@ void guide(const GuideCall& call, Parallel&& parallel) {
   gram_solve_mix(&pass, a, solve, parallel);
 }
 
-// g = sum_i c_i(G, s) p_i and its gradient y: dp_i = c_i y + sum_j dG_ij p_j + ds_i, where dG and ds
-// come from dc_i = <y, p_i>. One Gram pass over (p, y) brings G and dc together.
+// g = sum_i c_i(G, s) p_i and its gradient y: dp_i = c_i y + sum_j dG_ij p_j + ds_i, where dG and
+// ds come from dc_i = <y, p_i>. One Gram pass over (p, y) brings G and dc together.
 template <class Parallel>
 void guide_backward(const GuideBackwardCall& call, Parallel&& parallel) {
   const int k = call.k, width = stats(k + 1, call.rescaled);

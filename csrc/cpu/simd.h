@@ -179,9 +179,12 @@ inline void stream_fence() {
 template <class F>
 inline void with_element(DType dtype, const F& f) {
   switch (dtype) {
-    case DType::f32: return f(F32{});
-    case DType::bf16: return f(BF16{});
-    case DType::f16: return f(F16{});
+    case DType::f32:
+      return f(F32{});
+    case DType::bf16:
+      return f(BF16{});
+    case DType::f16:
+      return f(F16{});
   }
 }
 

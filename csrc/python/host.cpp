@@ -1,5 +1,6 @@
 // pydiffuse._host: the CPU kernels on NumPy arrays, with no torch in between. pydiffuse/numpy.py
-// checks the arguments and lays the arrays out; here only what memory safety needs is checked again.
+// checks the arguments and lays the arrays out; here only what memory safety needs is checked
+// again.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -34,13 +35,15 @@ DType dtype_of(const py::array& a) {
 
 Rows rows(const py::array& a, const py::array& like) {
   if (!(a.flags() & py::array::c_style)) throw py::value_error("arrays must be C-contiguous");
-  if (a.ndim() < 1 || a.ndim() != like.ndim() || !std::equal(a.shape(), a.shape() + a.ndim(), like.shape()))
+  if (a.ndim() < 1 || a.ndim() != like.ndim() ||
+      !std::equal(a.shape(), a.shape() + a.ndim(), like.shape()))
     throw py::value_error("arrays must have one shape [B, ...]");
   return {const_cast<void*>(a.data()), a.shape(0) ? a.size() / a.shape(0) : 0, dtype_of(a)};
 }
 
 const double* doubles(const py::array& a, int64_t size) {
-  if (!(a.flags() & py::array::c_style) || !a.dtype().is(py::dtype::of<double>()) || a.size() != size)
+  if (!(a.flags() & py::array::c_style) || !a.dtype().is(py::dtype::of<double>()) ||
+      a.size() != size)
     throw py::value_error("coefficients must be C-contiguous float64, a row per sample");
   return static_cast<const double*>(a.data());
 }
@@ -62,7 +65,8 @@ void guide_arrays(const Arrays& out, const Arrays& preds, const std::optional<py
   call.rule = static_cast<Rule>(rule);
   call.k = static_cast<int>(preds.size());
   call.emit = emit;
-  if (rule < 0 || rule >= static_cast<int>(Rule::count) || static_cast<int>(out.size()) != bits(emit))
+  if (rule < 0 || rule >= static_cast<int>(Rule::count) ||
+      static_cast<int>(out.size()) != bits(emit))
     throw py::value_error("unknown rule, or not one output for each result");
   call.rescaled = rescaled;
   call.batch = preds[0].shape(0);

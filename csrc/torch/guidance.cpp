@@ -1,4 +1,5 @@
 // The torch door of guidance on the CPU. Schemas stand in pydiffuse/_ops.py.
+#include "../cpu/guidance_call.h"
 #include "guidance_args.h"
 
 namespace pydiffuse {
@@ -52,7 +53,8 @@ void gram_cpu(const Tensor& out, const MaybeTensor& sums, const Tensors& preds) 
   auto* g = static_cast<double*>(out.data_ptr());
   auto* s = sums ? static_cast<double*>(sums->data_ptr()) : nullptr;
   for (int64_t b = 0; b < layout.batch; ++b)
-    unpack(k, packed.data() + b * width, s != nullptr, g + b * k * k, s ? s + b * k : unused.data());
+    unpack(k, packed.data() + b * width, s != nullptr, g + b * k * k,
+           s ? s + b * k : unused.data());
 }
 
 }  // namespace

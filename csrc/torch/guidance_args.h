@@ -3,7 +3,7 @@
 
 #include <algorithm>
 
-#include "../cpu/guidance_call.h"
+#include "../guidance.h"
 #include "tensors.h"
 
 namespace pydiffuse {
@@ -39,8 +39,9 @@ void set_rule(const char* op, Call& call, const Layout& layout, const Tensors& p
     call.varied = static_cast<const double*>(varied->data_ptr());
   }
   // Enough predictions and parameters for the rule to read.
-  static constexpr struct { int preds, params; } NEEDS[] = {
-      {1, 0}, {2, 1}, {2, 1}, {2, 1}, {2, 4}, {2, 2}, {2, 1}, {1, 0}, {2, 1}, {2, 0}};
+  static constexpr struct {
+    int preds, params;
+  } NEEDS[] = {{1, 0}, {2, 1}, {2, 1}, {2, 1}, {2, 4}, {2, 2}, {2, 1}, {1, 0}, {2, 1}, {2, 0}};
   static_assert(sizeof NEEDS / sizeof *NEEDS == static_cast<int>(Rule::count));
   const bool weights = call.rule == Rule::linear || call.rule == Rule::compose ||
                        call.rule == Rule::perp_neg;  // one for each prediction, or each but one

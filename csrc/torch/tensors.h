@@ -19,10 +19,14 @@ using torch::headeronly::ScalarType;
 
 inline DType dtype_of(const char* op, const Tensor& t) {
   switch (t.scalar_type()) {
-    case ScalarType::Float: return DType::f32;
-    case ScalarType::BFloat16: return DType::bf16;
-    case ScalarType::Half: return DType::f16;
-    default: break;
+    case ScalarType::Float:
+      return DType::f32;
+    case ScalarType::BFloat16:
+      return DType::bf16;
+    case ScalarType::Half:
+      return DType::f16;
+    default:
+      break;
   }
   STD_TORCH_CHECK(false, op, ": accepts float32, bfloat16 and float16");
 }
@@ -53,8 +57,9 @@ struct Layout {
       ordered = ordered && (d == 0 || size[d] == 1 || stride[d] == order[d]);
     }
     STD_TORCH_CHECK(same, op, ": all tensors must have one shape");
-    STD_TORCH_CHECK(t.get_device_index() == like.get_device_index() && t.is_cuda() == like.is_cuda(),
-                    op, ": all tensors must be on one device");
+    STD_TORCH_CHECK(
+        t.get_device_index() == like.get_device_index() && t.is_cuda() == like.is_cuda(), op,
+        ": all tensors must be on one device");
     const DType dtype = dtype_of(op, t);
     if (ordered || batch * n == 0) return {t.data_ptr(), stride[0], dtype};
     STD_TORCH_CHECK(keep && like.is_contiguous(), op,
@@ -66,10 +71,12 @@ struct Layout {
 
 inline void check_doubles(const char* op, const Tensor& t, int64_t numel) {
   STD_TORCH_CHECK(t.scalar_type() == ScalarType::Double && t.is_contiguous() && t.numel() == numel,
-                  op, ": coefficients and statistics must be contiguous float64, one row per sample");
+                  op,
+                  ": coefficients and statistics must be contiguous float64, one row per sample");
 }
 
 struct TorchThreads {
+  static int64_t threads() { return torch::stable::get_num_threads(); }
   template <class F>
   void operator()(int64_t end, int64_t grain, const F& f) const {
     if (end <= grain) return f(0, end);

@@ -313,8 +313,8 @@ class Mix(Batched):
             dmatrix, dshift = G[:, :J, J:], sums[:, :J] if ctx.shifted else None
         dterms: tuple[Tensor | None, ...] = (None,) * M
         if any(ctx.needs_input_grad[4:]):
-            dterms = derive(Mix, ctx.op, M, matrix.mT.contiguous(), None, *grads)
-            dterms = tuple(d.to(t.dtype) for d, t in zip(dterms, terms, strict=True))
+            wide = derive(Mix, ctx.op, M, matrix.mT.contiguous(), None, *grads)
+            dterms = tuple(d.to(t.dtype) for d, t in zip(wide, terms, strict=True))
         return None, None, dmatrix, dshift, *dterms
 
 

@@ -89,9 +89,7 @@ def gram(preds: Sequence[Tensor], *, sums: bool = False) -> Tensor | tuple[Tenso
     return (g, p.sum(2)) if sums else g
 
 
-def combine(
-    preds: Sequence[Tensor], coefficients: Tensor, *, out: Tensor | None = None
-) -> Tensor:
+def combine(preds: Sequence[Tensor], coefficients: Tensor, *, out: Tensor | None = None) -> Tensor:
     """sum_i c[b,i] p_i."""
     c = coefficients.expand(len(preds[0]), len(preds))
     terms = [_rows(c[:, i], _up(p)) * _up(p) for i, p in enumerate(preds)]
@@ -140,7 +138,8 @@ def tcfg(
     if isinstance(cond, Tensor):
         c, u = _up(cond), _up(uncond)
         u = project(c, u)
-        return _guided(c, u, _rows(scale, c) * (c - u), original, rescale, cond.dtype, out)
+        w: Any = scale  # one condition, one scale
+        return _guided(c, u, _rows(w, c) * (c - u), original, rescale, cond.dtype, out)
     conds, u = [_up(c) for c in cond], _up(uncond)
     scales = scale if isinstance(scale, Sequence) else [scale] * len(conds)
     p = torch.stack([t.flatten(1) for t in (*conds, u)], 1)
@@ -274,7 +273,9 @@ def compose(
 ) -> Tensor:
     """u + sum_i w_i (c_i - u); a negative weight is NOT.  arXiv 2206.01714."""
     u = _up(uncond)
-    shift = sum(_rows(w, u) * (_up(c) - u) for w, c in zip(_columns(weights), conds, strict=True))
+    shift = torch.zeros_like(u)
+    for w, c in zip(_columns(weights), conds, strict=True):
+        shift = shift + _rows(w, u) * (_up(c) - u)
     return _guided(_up(conds[0]), u, shift, False, rescale, uncond.dtype, out)
 
 
@@ -432,6 +433,5 @@ def apply(rule: str, preds: Sequence[Tensor], **parameters: Any) -> Any:
 
 
 BY_NAME: dict[str, Callable[..., Any]] = {
-    f.__name__: f
-    for f in (cfg, tcfg, cfg_zero, apg, magnitude_aware, perp_neg, compose, slerp, rescale)
+    f.__name__: f for f in (cfg, tcfg, cfg_zero, apg, magnitude_aware, perp_neg, compose, slerp, rescale)
 }

@@ -1,0 +1,67 @@
+# `make demo` and `make test` set themselves up: an environment in .venv, the pinned packages, the build.
+# Rebuilt when a source changes. PYTHON, PIP_ARGS and the PYDIFFUSE_* variables of setup.py are yours.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt $(PIP_ARGS)
+SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -type f)
+
+.PHONY: demo test lint bench micro tables gpu-test gpu-bench train clean
+
+demo: $(VENV)/demo
+	$(BIN)/python examples/digits/demo.py
+
+test: $(VENV)/test lint
+	$(BIN)/python -m pytest --durations=5
+
+lint: $(VENV)/test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+	$(BIN)/mypy
+
+bench: $(VENV)/bench
+	$(BIN)/python -m benchmarks
+
+micro: $(VENV)/bench
+	$(BIN)/python -m pytest benchmarks/micro.py --benchmark-only
+
+tables: $(VENV)/bench
+	$(BIN)/python -m benchmarks --tables
+
+train: $(VENV)/demo
+	$(BIN)/python examples/digits/train.py
+
+# On a machine with a GPU, an nvcc and a python3 that has torch: no environment of its own.
+gpu-test:
+	bash tests/gpu.sh
+
+gpu-bench:
+	bash benchmarks/gpu.sh
+
+$(VENV)/torch:
+	$(PYTHON) -m venv $(VENV)
+	@echo "installing torch and the build tools (constraints.txt)"
+	$(PIP) torch==2.13.0
+	$(PIP) setuptools ninja pybind11 numpy
+	@touch $@
+
+$(VENV)/built: $(VENV)/torch $(SOURCES)
+	@echo "building pydiffuse"
+	$(PIP) --no-build-isolation -e .
+	@touch $@
+
+$(VENV)/demo: $(VENV)/built
+	$(PIP) --no-build-isolation -e '.[demo]'
+	@touch $@
+
+$(VENV)/test: $(VENV)/built
+	$(PIP) --no-build-isolation -e '.[test,lint]'
+	@touch $@
+
+$(VENV)/bench: $(VENV)/built
+	$(PIP) --no-build-isolation -e '.[bench]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist out *.egg-info pydiffuse/*.so

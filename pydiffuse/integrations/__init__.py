@@ -1,0 +1,1 @@
+"""What other frameworks plug in; each module needs its framework installed."""
