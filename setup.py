@@ -82,7 +82,8 @@ class NinjaBuild(build_ext):
             for isa, flags in SIMD.items()
         ]
         door = [
-            compiled(s, f"{CXX} {TORCH} {PYTHON} {built_for}") for s in sorted((ROOT / "csrc/torch").glob("*.cpp"))
+            compiled(s, f"{CXX} {TORCH} {PYTHON} {built_for}")
+            for s in sorted((ROOT / "csrc/torch").glob("*.cpp"))
         ]
         libs = "-L" + " -L".join(library_paths()) + " -ltorch_cpu"
         if cuda:

@@ -84,25 +84,28 @@ def check_scalar(op: str, argument: str, value: float | Tensor, like: Tensor) ->
     return value.to(like.device).expand(B)
 
 
-def check_out(
-    op: str, out: Tensor | None, like: Tensor, inputs: Sequence[Tensor], argument: str = "out"
+def check_outs(
+    op: str, outs: Sequence[Tensor], likes: Sequence[Tensor], inputs: Sequence[Tensor]
 ) -> None:
-    if out is None:
-        return
-    if not isinstance(out, Tensor) or (out.shape, out.dtype, out.device) != (
-        like.shape,
-        like.dtype,
-        like.device,
-    ):
-        raise ValueError(f"{op}: {argument} is {describe(out)}; accepted: {describe(like)}")
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return
-    for t in inputs:
-        same = t.data_ptr() == out.data_ptr() and t.stride() == out.stride() and t.dtype == out.dtype
-        if not same and t.numel() and _overlap(t, out):
-            raise ValueError(
-                f"{op}: {argument} overlaps an input without being that input; give it memory of its own"
-            )
+    """Each output is like its tensor in shape, dtype and device, and shares memory with nothing, or
+    with an input position by position."""
+    if len(outs) != len(likes):
+        raise ValueError(f"{op}: out holds {len(outs)} tensors; accepted: {len(likes)}")
+    for i, (out, like) in enumerate(zip(outs, likes, strict=True)):
+        argument = "out" if len(outs) == 1 else f"out[{i}]"
+        fits = isinstance(out, Tensor) and out.shape == like.shape
+        if not fits or out.dtype != like.dtype or out.device != like.device:
+            raise ValueError(f"{op}: {argument} is {describe(out)}; accepted: {describe(like)}")
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            continue
+        if any(_overlap(out, other) for other in outs[:i]):
+            raise ValueError(f"{op}: {argument} shares memory with another output; each needs its own")
+        for t in inputs:
+            same = t.data_ptr() == out.data_ptr() and t.stride() == out.stride() and t.dtype == out.dtype
+            if not same and _overlap(t, out):
+                raise ValueError(
+                    f"{op}: {argument} overlaps an input without being that input; give it its own memory"
+                )
 
 
 def _extent(t: Tensor) -> tuple[int, int]:
@@ -111,6 +114,8 @@ def _extent(t: Tensor) -> tuple[int, int]:
 
 
 def _overlap(a: Tensor, b: Tensor) -> bool:
+    if not (a.numel() and b.numel()):
+        return False
     (a0, a1), (b0, b1) = _extent(a), _extent(b)
     return a.device == b.device and a0 < b1 and b0 < a1
 

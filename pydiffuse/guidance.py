@@ -13,40 +13,26 @@ The formulas stand in pydiffuse.reference.guidance.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pydiffuse import _ops
-from pydiffuse.autograd.guidance import (
-    EMIT_PREDICT,
-    EMIT_STATE,
-    EMIT_UPDATE,
-    Call,
-    Gram,
-    Guide,
-    Mix,
-    needs_function,
-    outputs,
-    run_guide,
-    run_mix,
+from pydiffuse.autograd.guidance import EMIT_PREDICT, EMIT_STATE, EMIT_UPDATE, Gram, Mix, run_mix
+from pydiffuse.calls.guidance import (
+    Scalar,
+    Update,
+    call_in_two,
+    call_rule,
+    own_values,
+    sequence,
+    value_of,
+    weights_of,
 )
-from pydiffuse.checks import (
-    check_no_grad,
-    check_out,
-    check_scalar,
-    check_tensors,
-    describe,
-    writable,
-)
+from pydiffuse.checks import check_no_grad, check_outs, check_scalar, check_tensors, describe, writable
 from pydiffuse.reference import guidance as reference
-from pydiffuse.rules import COMMON, MAX_PREDS, RULES, UPDATE, Rule
-
-Scalar = float | Tensor
-_NUMBERS = {float, int, bool}
-_PLAIN = (1.0, 1.0, 0.0, 0.0, 0.0, 1.0)  # a, b, h, s, p, q of a call without an update
+from pydiffuse.rules import RULES
 
 
 def cfg(
@@ -62,7 +48,7 @@ def cfg(
 
     cond, uncond: [B, ...]. scale: w, a number or (B,). Returns [B, ...] in their dtype.
     """
-    return _value("cfg", (cond, uncond), (scale,), original, rescale, out)
+    return value_of("cfg", (cond, uncond), (scale,), original, rescale, out)
 
 
 def tcfg(
@@ -90,7 +76,7 @@ def tcfg(
         raise TypeError(
             "tcfg: scale is a list, cond a tensor; accepted: a list of conditions, or one scale"
         )
-    return _value("tcfg", (cond, uncond), (scale,), original, rescale, out)  # type: ignore[arg-type]
+    return value_of("tcfg", (cond, uncond), (scale,), original, rescale, out)  # type: ignore[arg-type]
 
 
 def cfg_zero(
@@ -107,7 +93,7 @@ def cfg_zero(
     The zero initialisation of the first steps is the sampler's: it needs no prediction.
     cond, uncond: [B, ...]. scale: w, a number or (B,). Returns [B, ...] in their dtype.
     """
-    return _value("cfg_zero", (cond, uncond), (scale,), original, rescale, out)
+    return value_of("cfg_zero", (cond, uncond), (scale,), original, rescale, out)
 
 
 def apg(
@@ -137,7 +123,7 @@ def apg(
         raise ValueError("apg: state was given without momentum; give both, or neither")
     values = (scale, eta, norm_threshold, 0.0 if momentum is None else momentum)
     emit = EMIT_UPDATE if momentum is None else EMIT_UPDATE | EMIT_STATE
-    return _value("apg", preds, values, original, rescale, out, emit)
+    return value_of("apg", preds, values, original, rescale, out, emit)
 
 
 def magnitude_aware(
@@ -155,7 +141,7 @@ def magnitude_aware(
     w' = 1 + (w - 1) exp(-alpha ||c - u|| / ||u||), or w exp(..) if `original`.
     cond, uncond: [B, ...]. scale, alpha: a number or (B,). Returns [B, ...] in their dtype.
     """
-    return _value("magnitude_aware", (cond, uncond), (scale, alpha), original, rescale, out)
+    return value_of("magnitude_aware", (cond, uncond), (scale, alpha), original, rescale, out)
 
 
 def perp_neg(
@@ -175,9 +161,9 @@ def perp_neg(
     cond, uncond, each of the m negatives: [B, ...]. scale: w, a number or (B,). weights: v, m numbers
     or (B,) tensors, or one (B, m) tensor. Returns [B, ...] in their dtype.
     """
-    negatives = _sequence("perp_neg", "negatives", negatives, least=0)
-    values = (scale, *_weights("perp_neg", weights, len(negatives)))
-    return _value("perp_neg", (cond, *negatives, uncond), values, original, rescale, out)
+    negatives = sequence("perp_neg", "negatives", negatives, least=0)
+    values = (scale, *weights_of("perp_neg", weights, len(negatives)))
+    return value_of("perp_neg", (cond, *negatives, uncond), values, original, rescale, out)
 
 
 def compose(
@@ -193,9 +179,9 @@ def compose(
     Each of the m conds, uncond: [B, ...]. weights: m numbers or (B,) tensors, or one (B, m) tensor.
     `rescale` keeps the spread of the first condition. Returns [B, ...] in their dtype.
     """
-    conds = _sequence("compose", "conds", conds)
-    values = _weights("compose", weights, len(conds))
-    return _value("compose", (*conds, uncond), values, False, rescale, out)
+    conds = sequence("compose", "conds", conds)
+    values = weights_of("compose", weights, len(conds))
+    return value_of("compose", (*conds, uncond), values, False, rescale, out)
 
 
 def slerp(a: Tensor, b: Tensor, weight: Scalar, *, out: Tensor | None = None) -> Tensor:
@@ -204,7 +190,7 @@ def slerp(a: Tensor, b: Tensor, weight: Scalar, *, out: Tensor | None = None) ->
     A straight line where the two are collinear or one is zero. Extrapolates outside [0, 1].
     a, b: [B, ...]. weight: a number or (B,). Returns [B, ...] in their dtype.
     """
-    return _value("slerp", (a, b), (weight,), False, 0.0, out)
+    return value_of("slerp", (a, b), (weight,), False, 0.0, out)
 
 
 def rescale(guided: Tensor, cond: Tensor, factor: Scalar, *, out: Tensor | None = None) -> Tensor:
@@ -212,7 +198,7 @@ def rescale(guided: Tensor, cond: Tensor, factor: Scalar, *, out: Tensor | None 
 
     guided, cond: [B, ...]. factor: a number or (B,). Returns [B, ...]; guided where it is constant.
     """
-    return _value("rescale", (cond, guided), (), False, factor, out)
+    return value_of("rescale", (cond, guided), (), False, factor, out)
 
 
 def gram(preds: Sequence[Tensor], *, sums: bool = False) -> Any:
@@ -222,7 +208,7 @@ def gram(preds: Sequence[Tensor], *, sums: bool = False) -> Any:
     preds: 1 to 16 tensors [B, ...]. Returns (B, k, k) float64; with `sums`, also the sum of each
     prediction, (B, k) float64.
     """
-    preds = tuple(_sequence("gram", "preds", preds))
+    preds = tuple(sequence("gram", "preds", preds))
     check_tensors("gram", "preds", preds)
     if _ops.forced_reference():
         return reference.gram(preds, sums=sums)
@@ -235,7 +221,7 @@ def combine(preds: Sequence[Tensor], coefficients: Tensor, *, out: Tensor | None
 
     preds: k <= 16 tensors [B, ...]. coefficients: (B, k) or (k,), any float dtype. Returns [B, ...].
     """
-    preds = tuple(_sequence("combine", "preds", preds))
+    preds = tuple(sequence("combine", "preds", preds))
     check_tensors("combine", "preds", preds)
     B, k = len(preds[0]), len(preds)
     if not isinstance(coefficients, Tensor) or not coefficients.is_floating_point():
@@ -247,11 +233,11 @@ def combine(preds: Sequence[Tensor], coefficients: Tensor, *, out: Tensor | None
             f"combine: coefficients has shape {tuple(coefficients.shape)} on {coefficients.device};"
             f" accepted: ({B}, {k}) or ({k},) on {preds[0].device}"
         )
-    check_out("combine", out, preds[0], preds)
     if _ops.forced_reference():
         return reference.combine(preds, coefficients, out=out)
     matrix = coefficients.double().expand(B, k)[:, None].contiguous()
     if out is not None:
+        check_outs("combine", [out], [preds[0]], preds)
         check_no_grad("combine", (*preds, coefficients))
         with writable([out]) as targets:
             run_mix("combine", targets, preds, matrix, None)
@@ -282,7 +268,7 @@ def superpose(
     normal noise that the sampler adds in this step, if any. uncond, scale: guidance around the
     mixture. Returns the mixture [B, ...] and the new l (B, k) float64.
     """
-    preds = tuple(_sequence("superpose", "preds", preds))
+    preds = tuple(sequence("superpose", "preds", preds))
     extra = tuple(t for t in (uncond, noise) if t is not None)
     check_tensors("superpose", "preds, uncond, noise", (*preds, *extra))
     B, k = len(preds[0]), len(preds)
@@ -347,7 +333,7 @@ def guide(
 
     Returns x' in x's dtype; with `predict`, (x', D); apg with momentum adds its new state.
     """
-    preds = tuple(_sequence("guide", "preds", preds))
+    preds = tuple(sequence("guide", "preds", preds))
     row = RULES.get(rule)
     if row is None:
         raise ValueError(f"guide: unknown rule {rule!r}; accepted: {', '.join(RULES)}")
@@ -378,41 +364,12 @@ def guide(
     if rule == "apg" and momentum is not None:
         emit |= EMIT_STATE
     p, q = (0.0, 1.0) if predict is None else predict
-    update = (a, b, h, s, p, q)
+    update = Update(x, history, noise, (a, b, h, s, p, q))
     values = own_values(row, len(preds), parameters)
-    if any(isinstance(c, Tensor) and c.requires_grad for c in update) and torch.is_grad_enabled():
-        return _guide_in_two(row, preds, values, original, rescale, x, history, noise, update, emit)
-    return _call("guide", row, preds, update, values, original, rescale, out, emit, x, history, noise)
-
-
-def _guide_in_two(
-    row: Rule,
-    preds: tuple[Tensor, ...],
-    values: tuple[Scalar, ...],
-    original: bool,
-    rescale: Scalar,
-    x: Tensor,
-    history: Tensor | None,
-    noise: Tensor | None,
-    update: tuple[Scalar, ...],
-    emit: int,
-) -> Any:
-    """The rule, then the update: for coefficients of the update that want a gradient."""
-    g = _call("guide", row, preds, _PLAIN, values, original, rescale, None, emit & ~EMIT_PREDICT)
-    g, state = g if isinstance(g, tuple) else (g, None)
-    a, b, h, s, p, q = update
-    terms = [(x, a, p), (g, b, q), (history, h, 0.0), (noise, s, 0.0)]
-    there = [term for term in terms if term[0] is not None]
-
-    def coefficients(column: int) -> Tensor:
-        cs = [torch.as_tensor(t[column], dtype=torch.float64, device=x.device) for t in there]
-        return torch.stack([c.expand(len(x)) for c in cs], 1)
-
-    matrix = torch.stack([coefficients(1), coefficients(2)][: 2 if emit & EMIT_PREDICT else 1], 1)
-    results = list(Mix.apply("guide", matrix.shape[1], matrix, None, *[t[0] for t in there]))
-    if state is not None:
-        results.append(state)
-    return results[0] if len(results) == 1 else tuple(results)
+    learned = any(isinstance(c, Tensor) and c.requires_grad for c in update.numbers)
+    if learned and out is None and torch.is_grad_enabled():
+        return call_in_two(row, preds, values, original, rescale, update, emit)
+    return call_rule("guide", row, preds, update, values, original, rescale, out, emit)
 
 
 def _tcfg_of_many(
@@ -424,10 +381,10 @@ def _tcfg_of_many(
     out: Tensor | None,
 ) -> Tensor:
     """From the Gram matrix's top projector P: u_f = sum_j P[u,j] p_j."""
-    preds = (*_sequence("tcfg", "cond", conds), uncond)
+    preds = (*sequence("tcfg", "cond", conds), uncond)
     check_tensors("tcfg", "cond, uncond", preds)
     m, B = len(conds), len(uncond)
-    scales = _weights("tcfg", scale if isinstance(scale, Sequence) else [scale] * m, m)
+    scales = weights_of("tcfg", scale if isinstance(scale, Sequence) else [scale] * m, m)
     if _ops.forced_reference():
         return reference.tcfg(conds, uncond, scales, original=original, rescale=rescale, out=out)
     if m == 1:
@@ -442,161 +399,7 @@ def _tcfg_of_many(
         weights = weights + torch.eye(m + 1, dtype=w.dtype, device=w.device)[0]
     else:
         weights = weights + u
-    return _value("linear", preds, tuple(weights.unbind(1)), False, rescale, out, name="tcfg")
-
-
-def _value(
-    rule: str,
-    preds: tuple[Tensor, ...],
-    values: tuple[Scalar, ...],
-    original: bool,
-    rescale: Scalar,
-    out: Any,
-    emit: int = EMIT_UPDATE,
-    name: str | None = None,
-) -> Any:
-    """The value of a rule, with no update: the way of every function that is named after one."""
-    row = RULES[rule]
-    name = name or rule
-    check_tensors(name, "the predictions", preds)
-    if len(preds) not in row.counts:
-        raise ValueError(f"{name}: {len(preds)} predictions; accepted: ({', '.join(row.preds)})")
-    if _ops.forced_reference():
-        return _reference(row, preds, values, original, rescale, out, emit)
-    return _call(name, row, preds, _PLAIN, values, original, rescale, out, emit)
-
-
-def _reference(
-    row: Rule,
-    preds: tuple[Tensor, ...],
-    values: tuple[Scalar, ...],
-    original: bool,
-    rescale: Scalar,
-    out: Any,
-    emit: int,
-) -> Any:
-    parameters: dict[str, Any] = dict(zip(row.parameters, values, strict=False))
-    if row.weights:
-        parameters[row.weights] = values[len(row.parameters) :]
-    if row.common:
-        parameters.update(original=original, rescale=rescale)
-    if row.name == "rescale":
-        parameters["rescale"] = rescale
-    if row.name == "apg" and not emit & EMIT_STATE:
-        del parameters["momentum"]
-    if isinstance(out, tuple | list):
-        results = reference.apply(row.name, preds, **parameters)
-        return tuple(o.copy_(r) for o, r in zip(out, results, strict=True))
-    return reference.apply(row.name, preds, out=out, **parameters)
-
-
-def _call(
-    op: str,
-    row: Rule,
-    preds: tuple[Tensor, ...],
-    update: tuple[Scalar, ...],
-    values: tuple[Scalar, ...],
-    original: bool,
-    rescale: Scalar,
-    out: Any,
-    emit: int,
-    x: Tensor | None = None,
-    history: Tensor | None = None,
-    noise: Tensor | None = None,
-) -> Any:
-    given = (*update, original, rescale, *values)
-    tensors: list[Tensor] = []
-    columns: tuple[int, ...] = ()
-    varied = None
-    if _NUMBERS.issuperset(map(type, given)):
-        params = tuple(map(float, given))
-    else:
-        columns = tuple(i for i, value in enumerate(given) if isinstance(value, Tensor))
-        tensors = [check_scalar(op, _parameter_name(row, i), given[i], preds[0]) for i in columns]
-        varied = torch.stack([t.double() for t in tensors], 1) if tensors else None
-        params = tuple(
-            0.0 if i in columns else _number(op, row, i, value) for i, value in enumerate(given)
-        )
-    call = Call(op, row.code, params, params[7] != 0.0 or 7 in columns, columns, emit)
-    if out is None:
-        if needs_function(varied, x, history, noise, *preds):
-            results = Guide.apply(call, varied, x, history, noise, *preds)
-            return results[0] if len(results) == 1 else results
-        results = outputs(call, preds, x)
-        run_guide(call, results, preds, x, history, noise, varied)
-        return results[0] if len(results) == 1 else tuple(results)
-    outs = [out] if isinstance(out, Tensor) else list(out)
-    everything = (*preds, *(t for t in (x, history, noise) if t is not None))
-    likes = [preds[0] if x is None else x] * emit.bit_count()
-    if emit & EMIT_STATE:
-        likes[-1] = preds[0]
-    if len(outs) != len(likes):
-        raise ValueError(f"{op}: out holds {len(outs)} tensors; accepted: {len(likes)}")
-    for i, (o, like) in enumerate(zip(outs, likes, strict=True)):
-        check_out(op, o, like, everything, "out" if isinstance(out, Tensor) else f"out[{i}]")
-        if any(o is other for other in outs[:i]):
-            raise ValueError(f"{op}: out[{i}] is given twice; give each result its own tensor")
-    check_no_grad(op, (*everything, *tensors))
-    with writable(outs) as targets:
-        run_guide(call, targets, preds, x, history, noise, varied)
-    return out
-
-
-def _parameter_name(row: Rule, i: int) -> str:
-    """The name of the i-th parameter of a call, for messages."""
-    names = (*UPDATE, *COMMON, *row.parameters)
-    return names[i] if i < len(names) else f"{row.weights}[{i - len(names)}]"
-
-
-def _number(op: str, row: Rule, i: int, value: Any) -> float:
-    if not isinstance(value, Real):
-        raise TypeError(
-            f"{op}: {_parameter_name(row, i)} is {describe(value)}; accepted: a number or a (B,) tensor"
-        )
-    return float(value)
-
-
-def _sequence(op: str, argument: str, value: Any, least: int = 1) -> list[Tensor]:
-    if isinstance(value, Tensor) or not isinstance(value, Sequence):
-        raise TypeError(f"{op}: {argument} is {describe(value)}; accepted: a list of tensors [B, ...]")
-    if not least <= len(value) <= MAX_PREDS:
-        raise ValueError(f"{op}: {argument} holds {len(value)} tensors; accepted: {least} to {MAX_PREDS}")
-    return list(value)
-
-
-def _weights(op: str, weights: Any, count: int) -> tuple[Scalar, ...]:
-    """One weight for each of `count` predictions, from a sequence or the columns of (B, count)."""
-    if isinstance(weights, Tensor) and weights.dim() == 2:
-        weights = weights.unbind(1)
-    if isinstance(weights, Tensor) or not isinstance(weights, Sequence) or len(weights) != count:
-        given = f"{len(weights)} values" if isinstance(weights, Sequence) else describe(weights)
-        raise ValueError(
-            f"{op}: weights is {given}; accepted: {count} numbers or (B,) tensors, or (B, {count})"
-        )
-    return tuple(weights)
-
-
-def own_values(row: Rule, preds: int, parameters: dict[str, Any]) -> tuple[Scalar, ...]:
-    """A rule's own parameters in the kernels' order, from keywords."""
-    defaults = dict(row.defaults)
-    accepted = [*row.parameters, *([row.weights] if row.weights else [])]
-    for name in parameters:
-        if name not in accepted:
-            raise TypeError(f"guide: rule {row.name!r} takes no {name!r}; accepted: {accepted}")
-    values: list[Scalar] = []
-    for name in row.parameters:
-        value = parameters.get(name, defaults.get(name))
-        if value is None and name == "momentum":
-            value = 0.0
-        if value is None:
-            raise TypeError(f"guide: rule {row.name!r} needs {name}=; accepted: {accepted}")
-        values.append(value)
-    if row.weights:
-        if row.weights not in parameters:
-            raise TypeError(f"guide: rule {row.name!r} needs {row.weights}=; accepted: {accepted}")
-        count = preds - sum(not name.endswith("...") for name in row.preds)
-        values += _weights("guide", parameters[row.weights], count)
-    return tuple(values)
+    return value_of("linear", preds, tuple(weights.unbind(1)), False, rescale, out, name="tcfg")
 
 
 def _is_zero(value: Scalar) -> bool:

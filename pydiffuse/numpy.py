@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from pydiffuse import _host
+from pydiffuse.calls.guidance import own_values
 from pydiffuse.rules import COMMON, MAX_PREDS, RULES, UPDATE, Rule
 
 Array = NDArray[Any]
@@ -152,8 +153,6 @@ def guide(
     **parameters: Any,
 ) -> Any:
     """x' = a x + b g + h history + s noise in one pass.  See pydiffuse.guide."""
-    from pydiffuse.guidance import own_values
-
     if rule not in RULES:
         raise ValueError(f"guide: unknown rule {rule!r}; accepted: {', '.join(RULES)}")
     weights = parameters.get("weights")

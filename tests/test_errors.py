@@ -85,7 +85,7 @@ BAD = {  # what is wrong: (the call, the error, the words it must hold)
     "out twice": (
         lambda: pd.guide([C, U], "cfg", scale=2.0, x=X, predict=(1.0, 1.0), out=(X, X)),
         ValueError,
-        ["out[1]", "twice"],
+        ["out[1]", "another output"],
     ),
     "out and grad": (lambda: pd.cfg(C.clone().requires_grad_(), U, 2.0, out=X), ValueError, ["no_grad"]),
     "backend": (lambda: pd.use_backend("gpu").__enter__(), ValueError, ["'gpu'", "triton"]),
