@@ -79,9 +79,10 @@ def pair(
 def rows(device: str, quick: bool = False) -> Iterator[Row]:
     seconds = 0.5 if quick else 3.0
     yield from accuracy_rows(device)
-    for shape in (SMALL, LARGE):
-        yield tcfg_row(shape, device, seconds)
-    yield euler_row(device, seconds)
+    yield tcfg_row(SMALL, "warm", device, seconds)
+    for state in STATES:
+        yield tcfg_row(LARGE, state, device, seconds)
+        yield euler_row(state, device, seconds)
     if device == "cpu":
         yield call_row(seconds)
     for op, name in SWEEP.items():
@@ -110,11 +111,31 @@ def accuracy_rows(device: str) -> Iterator[Row]:
             )
 
 
-def tcfg_row(shape: tuple[int, ...], device: str, seconds: float) -> Row:
+# What the caches hold of a call's tensors. warm: all of them. cold: none. fresh: the predictions, which
+# the model has just written; the latent is as old as the last step.
+STATES = {
+    "warm": "in cache",
+    "cold": "from memory",
+    "fresh": "predictions just written",
+}
+
+
+def freshen(data: list[Any]) -> Callable[[int], None]:
+    sources = [t.clone() for t in data[0][:2]]
+
+    def write(i: int) -> None:
+        for t, source in zip(data[i][:2], sources, strict=True):
+            t.copy_(source)
+
+    return write
+
+
+def tcfg_row(shape: tuple[int, ...], state: str, device: str, seconds: float) -> Row:
     numel, size = math.prod(shape), 4
-    sets = sets_for(3 * numel * size) if shape == LARGE else 2
+    sets = 1 if state == "warm" else sets_for(3 * numel * size)
     data = [pair(shape, device) for _ in range(sets)]
     out = [torch.empty(shape, device=device) for _ in range(sets)]
+    prepare = freshen(data) if state == "fresh" else None
     check = relative(svd_oracle(*data[0], 7.5))
     fast = compiled(closed_form)
     into = Contender("out=", lambda i: pydiffuse.tcfg(*data[i], 7.5, out=out[i]), check)
@@ -123,10 +144,12 @@ def tcfg_row(shape: tuple[int, ...], device: str, seconds: float) -> Row:
     inductor = Contender("torch.compile", lambda i: fast(*data[i], 7.5), check)
     # diffusers' float32 SVD is off by far more than the bound; it is the yardstick all the same.
     rival = Contender("diffusers", lambda i: diffusers_tcfg(*data[i], 7.5), check, bound=math.inf)
-    copies = [Contender("copy", lambda i: out[i].copy_(data[i][0]))]
-    race([into, ours, plain, inductor, *copies], sets, device=device, seconds=2 * seconds)
+    copy = Contender("copy", lambda i: out[i].copy_(data[i][0]))
+    for c in (into, ours, plain, inductor, rival):
+        c.prepare = prepare
+    race([into, ours, plain, inductor, copy], sets, device=device, seconds=2 * seconds)
     race([rival], sets, device=device, seconds=seconds / 2, least=5)
-    floor = 2.5 * copies[0].ms  # reads c and u twice, writes once: 5 N bytes, a copy moves 2 N
+    floor = 2.5 * copy.ms  # reads c and u twice, writes once: 5 N elements, a copy moves 2 N
     bars = [
         Bar("x diffusers", rival.ms / ours.ms, 50 if shape == LARGE else 40),
         Bar("x torch.compile", inductor.ms / ours.ms, 1.0 if shape == LARGE else 1.3),
@@ -135,7 +158,7 @@ def tcfg_row(shape: tuple[int, ...], device: str, seconds: float) -> Row:
         bars.append(Bar("of the floor, with out=", floor / into.ms, 0.7))
     return Row(
         op="tcfg",
-        what="beside its rivals",
+        what=f"beside its rivals, {STATES[state]}",
         shape=shape,
         dtype=torch.float32,
         ms=ours.ms,
@@ -147,9 +170,9 @@ def tcfg_row(shape: tuple[int, ...], device: str, seconds: float) -> Row:
     )
 
 
-def euler_row(device: str, seconds: float) -> Row:
+def euler_row(state: str, device: str, seconds: float) -> Row:
     numel, size = math.prod(LARGE), 4
-    sets = sets_for(4 * numel * size)
+    sets = 1 if state == "warm" else sets_for(4 * numel * size)
     data = [(*pair(LARGE, device), torch.randn(LARGE, device=device)) for _ in range(sets)]
     out = [torch.empty(LARGE, device=device) for _ in range(sets)]
     c, u, x = data[0]
@@ -168,17 +191,19 @@ def euler_row(device: str, seconds: float) -> Row:
     into = Contender("out=", lambda i: ours(i, out[i]), check)
     eager = Contender("reference", plain, check)
     inductor = Contender("torch.compile", lambda i: fast(*data[i], 7.5, 0.02), check)
-    copies = Contender("copy", lambda i: out[i].copy_(data[i][0]))
-    race([one, into, eager, inductor, copies], sets, device=device, seconds=2 * seconds)
+    copy = Contender("copy", lambda i: out[i].copy_(data[i][0]))
+    for contender in (one, into, eager, inductor):
+        contender.prepare = freshen(data) if state == "fresh" else None
+    race([one, into, eager, inductor, copy], sets, device=device, seconds=2 * seconds)
     return Row(
         op="guide",
-        what="tcfg and an Euler step",
+        what=f"tcfg and an Euler step, {STATES[state]}",
         shape=LARGE,
         dtype=torch.float32,
         ms=one.ms,
         error=one.error,
         bytes=6 * numel * size,
-        floor_ms=3 * copies.ms,
+        floor_ms=3 * copy.ms,
         rivals=[into, eager, inductor],
         bars=[Bar("x torch.compile", inductor.ms / one.ms, 1.5)] if device == "cpu" else [],
     )

@@ -1,8 +1,10 @@
 """Timing that can be trusted on a noisy machine.
 
 Contenders take turns, call by call, so that a slow spell hits all of them alike; figures are medians,
-comparisons are ratios of medians from one run. Buffers rotate past the last-level cache where a
-user's data would be cold, and stay where a user's data would be warm.
+comparisons are ratios of medians from one run. Every call takes the next set of buffers, so that with
+sets beyond the last-level cache no contender finds what another has just read. Where a user's data
+would be warm there is one set, or `prepare` rewrites, untimed, what a model would just have written.
+Results are kept for one round of the sets, as a user keeps them.
 """
 
 from __future__ import annotations
@@ -28,6 +30,12 @@ class Contender:
     bound: float = 1e-4
     seconds: list[float] = field(default_factory=list)
     error: float | None = None
+    prepare: Callable[[int], Any] | None = None
+    """Run before each timed call, untimed."""
+    kept: dict[int, Any] = field(default_factory=dict)
+
+    def run(self, i: int) -> None:
+        self.kept[i] = self.call(i)
 
     @property
     def ms(self) -> float:
@@ -60,27 +68,34 @@ def race(
         if c.error is None or c.error <= c.bound:
             runners.append(c)
     for c in runners:  # warm-up
-        for i in range(3):
-            c.call(i % sets)
+        for i in range(max(3, sets)):
+            c.run(i % sets)
     sync(device)
-    start, turn = time.perf_counter(), 0
+    start, turn, used = time.perf_counter(), 0, 0
     inner = {c.name: _calls_per_sample(c, sets, device) for c in runners}
     while turn < least or time.perf_counter() - start < seconds:
         for c in runners:
             n = inner[c.name]
+            if c.prepare is not None:
+                c.prepare(used % sets)
             sync(device)
             begin = time.perf_counter()
             for j in range(n):
-                c.call((turn + j) % sets)
+                c.run((used + j) % sets)
             sync(device)
             c.seconds.append((time.perf_counter() - begin) / n)
+            used += n
         turn += 1
         if turn >= least and time.perf_counter() - start > 3 * seconds:
             break
+    for c in contenders:
+        c.kept.clear()
 
 
 def _calls_per_sample(c: Contender, sets: int, device: str) -> int:
     """Enough calls for the clock: 200 microseconds a sample."""
+    if c.prepare is not None:
+        return 1
     begin = time.perf_counter()
     for i in range(3):
         c.call(i % sets)
