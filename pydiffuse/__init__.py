@@ -1,9 +1,10 @@
 """Compiled kernels for diffusion and flow models: guidance, on the CPU and the GPU.
 
-Public ops live in `pydiffuse.guidance` and are re-exported here. `backends()` says what runs where.
+Public ops live in `pydiffuse.guidance` and are re-exported here; `pydiffuse.paths` has orders over
+tokens. `backends()` says what runs where.
 """
 
-from pydiffuse import _ops
+from pydiffuse import _ops, paths
 from pydiffuse._ops import backends, use_backend
 from pydiffuse.guidance import (
     apg,
@@ -20,12 +21,14 @@ from pydiffuse.guidance import (
     superpose,
     tcfg,
 )
+from pydiffuse.paths import ScanPath
 from pydiffuse.version import __version__
 
 OPS = _ops.PUBLIC
 
 __all__ = [
     "OPS",
+    "ScanPath",
     "__version__",
     "apg",
     "backends",
@@ -36,6 +39,7 @@ __all__ = [
     "gram",
     "guide",
     "magnitude_aware",
+    "paths",
     "perp_neg",
     "rescale",
     "slerp",
