@@ -245,8 +245,9 @@ __global__ void __launch_bounds__(THREADS, 2) guide_kernel(const __grid_constant
           for (int u = 0; u < VECTORS; ++u) {
             const int lane = (step + AHEAD) * VECTORS + u, v = u * THREADS + threadIdx.x;
             if (lane >= lanes) break;
-            const bool there = v * N < t.left;  // else zeros, which add nothing
-            const char* from = p + (there ? v * N * bytes<ANY>(type) : 0);
+            const bool there = v * N < t.left;  // else zeros, which add nothing, from nowhere
+            const char* from = there ? p + v * N * bytes<ANY>(type)
+                                     : static_cast<const char*>(mix.term[i].data);
             uint4* word = words + (lane * a.planes + a.plane[i]) * THREADS + threadIdx.x;
             __pipeline_memcpy_async(word, from, 16, there ? 0 : 16);
             if (N == 8 && type == DType::f32)
