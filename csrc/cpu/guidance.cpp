@@ -33,7 +33,7 @@ struct GramSums {
     for (int h = 0; h < 2; ++h) {
       vdouble x[K];
       for (int a = 0; a < K; ++a)
-        x[a] = __builtin_convertvector(E::read_half(p[a] + i + h * HALF), vdouble);
+        x[a] = __builtin_convertvector(E::read_half(p[a] + i, h), vdouble);
       int e = 0;
       for (int a = 0; a < K; ++a)
         for (int b = a; b < K; ++b, ++e) acc[e][h] += x[a] * x[b];

@@ -84,10 +84,11 @@ inline uint16_t float_to_f16(float f) {  // to nearest even
 
 // How the elements of a tensor are read into float lanes and written from them. `past_cache` writes
 // the line without reading it first; p must then be aligned to a whole vector.
+// read_half: h = 0 and h = 1 are the two halves of the WIDTH elements at p.
 struct F32 {
   using Bits = float;
   static vfloat read(const float* p) { return load<vfloat>(p); }
-  static vhalf read_half(const float* p) { return load<vhalf>(p); }
+  static vhalf read_half(const float* p, int h) { return load<vhalf>(p + h * HALF); }
   static float read_one(const float* p) { return *p; }
   static void write(float* p, vfloat v, bool past_cache) {
 #if defined(__AVX512F__)
@@ -108,13 +109,25 @@ struct BF16 {
     typedef uint16_t u16 __attribute__((vector_size(N * 2)));
     typedef uint32_t u32 __attribute__((vector_size(N * 4)));
   };
+#if defined(__AVX512F__)  // spelled out: g++ 12 takes the generic form through the stack
+  static vfloat read(const uint16_t* p) {
+    return (vfloat)_mm512_slli_epi32(_mm512_cvtepu16_epi32(load<__m256i>(p)), 16);
+  }
+#elif defined(__AVX2__)
+  static vfloat read(const uint16_t* p) {
+    return (vfloat)_mm256_slli_epi32(_mm256_cvtepu16_epi32(load<__m128i>(p)), 16);
+  }
+#else
   static vfloat read(const uint16_t* p) {
     using L = Lanes<WIDTH>;
     return (vfloat)(__builtin_convertvector(load<L::u16>(p), L::u32) << 16);
   }
-  static vhalf read_half(const uint16_t* p) {
-    using L = Lanes<HALF>;
-    return (vhalf)(__builtin_convertvector(load<L::u16>(p), L::u32) << 16);
+#endif
+  // Even elements, then odd ones: for sums any half will do, and this one needs no shuffle.
+  static vhalf read_half(const uint16_t* p, int h) {
+    typedef uint32_t pairs __attribute__((vector_size(HALF * 4)));
+    const auto both = load<pairs>(p);
+    return (vhalf)(h ? both & 0xffff0000u : both << 16);
   }
   static float read_one(const uint16_t* p) { return bits_to_float(uint32_t(*p) << 16); }
   static void write(uint16_t* p, vfloat v, bool past_cache) {
@@ -138,15 +151,17 @@ struct F16 {
   using Bits = uint16_t;
 #if defined(__AVX512F__)
   static vfloat read(const uint16_t* p) { return (vfloat)_mm512_cvtph_ps(load<__m256i>(p)); }
-  static vhalf read_half(const uint16_t* p) { return (vhalf)_mm256_cvtph_ps(load<__m128i>(p)); }
+  static vhalf read_half(const uint16_t* p, int h) {
+    return (vhalf)_mm256_cvtph_ps(load<__m128i>(p + h * HALF));
+  }
   static void write(uint16_t* p, vfloat v, bool past_cache) {
     const __m256i packed = _mm512_cvtps_ph((__m512)v, 0);
     past_cache ? _mm256_stream_si256((__m256i*)p, packed) : store(p, packed);
   }
 #elif defined(__AVX2__)
   static vfloat read(const uint16_t* p) { return (vfloat)_mm256_cvtph_ps(load<__m128i>(p)); }
-  static vhalf read_half(const uint16_t* p) {
-    return (vhalf)_mm_cvtph_ps(_mm_loadl_epi64((const __m128i*)p));
+  static vhalf read_half(const uint16_t* p, int h) {
+    return (vhalf)_mm_cvtph_ps(_mm_loadl_epi64((const __m128i*)(p + h * HALF)));
   }
   static void write(uint16_t* p, vfloat v, bool past_cache) {
     const __m128i packed = _mm256_cvtps_ph((__m256)v, 0);
@@ -160,7 +175,7 @@ struct F16 {
     return v;
   }
   static vfloat read(const uint16_t* p) { return read_lanes<vfloat>(p); }
-  static vhalf read_half(const uint16_t* p) { return read_lanes<vhalf>(p); }
+  static vhalf read_half(const uint16_t* p, int h) { return read_lanes<vhalf>(p + h * HALF); }
   static void write(uint16_t* p, vfloat v, bool) {
     for (int i = 0; i < WIDTH; ++i) p[i] = float_to_f16(v[i]);
   }
