@@ -1,7 +1,7 @@
-// The CUDA kernels of guidance: Gram matrices in float64, coefficients by one thread, combinations
-// in float32. A sum is taken in one order everywhere: a thread's elements, the lanes of a warp, the
-// warps of a block (a chunk), the chunks of a sample. So every way through these kernels gives one
-// result.
+// Gram matrices in float64, and the arguments of all the CUDA kernels of guidance.
+//
+// A sum is taken in one order everywhere: a thread's elements, the lanes of a warp, the warps of a
+// block (a chunk), the chunks of a sample. So every way through the kernels gives one result.
 #pragma once
 
 #include "../guidance_rules.h"
@@ -56,6 +56,8 @@ struct GuideArgs {  // mix.term: the predictions, then the terms of the update
   uint8_t plane[4];   // the first plane of each prediction
 };
 
+static_assert(sizeof(GuideArgs) <= 4096, "kernel arguments are passed by value");
+
 struct SolveArgs {
   Split split;
   RuleArgs rule;
@@ -81,8 +83,7 @@ struct FinishArgs {
   double* sums;  // [batch, k], or null
 };
 
-// A thread's sums over K rows: the upper triangle of products, each exact in float64, then the
-// rows.
+// A thread's sums over K rows: of the products, exact in float64 (upper triangle); of the rows.
 template <int K>
 struct Sums {
   static constexpr int PAIRS = triangle(K), TOTAL = stats(K, true);
@@ -104,8 +105,7 @@ struct Sums {
       }
     }
   }
-  // A tile that vectors do not fit, element by element, in the order in which vectors would be
-  // added.
+  // A tile that vectors do not fit, by elements, in the order in which vectors would be added.
   template <int N, bool ANY>
   __device__ __forceinline__ void add_ragged(const char* const (&p)[K], const DType (&type)[K],
                                              int left) {

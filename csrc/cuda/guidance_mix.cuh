@@ -1,58 +1,13 @@
-// From statistics to outputs: coefficients by one thread of a block, combinations in float32.
+// Linear combinations in float32: alone, and in one launch with the Gram pass before them.
 #pragma once
 
 #include <cooperative_groups.h>
 #include <cuda_pipeline.h>
 
-#include "guidance_gram.cuh"
+#include "guidance_solve.cuh"
 
 namespace pydiffuse {
 namespace {
-
-__device__ void sample_params(const RuleArgs& r, int64_t sample, double* params) {
-  for (int i = threadIdx.x; i < r.nparams; i += blockDim.x) {
-    double value = r.params[i];
-    for (int c = 0; c < r.ncolumns; ++c)
-      if (r.columns[c] == i) value = r.varied[sample * r.ncolumns + c];
-    params[i] = value;
-  }
-}
-
-// A sample on its way from statistics to coefficients, in shared memory; up to K predictions.
-template <int K>
-struct Board {
-  double packed[stats(K, true)], gram[K * K], sums[K], params[MAX_PARAMS], c[K], rows[3 * (K + 3)];
-};
-
-// By one thread. One function for all kernels, so that they agree to the last bit.
-__device__ __noinline__ void decide(const RuleArgs& r, const double* packed, double* gram,
-                                    double* sums, const double* params, double* c, double* rows) {
-  if (r.curved) unpack(r.k, packed, r.rescaled, gram, sums);
-  coefficients(r.rule, Sample<double>{r.k, r.n, gram, sums, params, r.rescaled}, c);
-  mix_rows(r.k, r.has, r.emit, params, c, rows);
-}
-
-// By all threads; board.packed is filled by a barrier ago. A barrier must follow.
-template <int K>
-__device__ void decide(const RuleArgs& r, int64_t sample, Board<K>& board) {
-  sample_params(r, sample, board.params);
-  __syncthreads();
-  if (threadIdx.x == 0)
-    decide(r, board.packed, board.gram, board.sums, board.params, board.c, board.rows);
-}
-
-// The coefficients of each sample, in a launch of their own: a block per sample.
-__global__ void __launch_bounds__(THREADS) solve_kernel(const __grid_constant__ SolveArgs a) {
-  __shared__ Board<MAX_PREDS> board;
-  for (int64_t sample = blockIdx.x; sample < a.split.batch; sample += gridDim.x) {
-    if (a.rule.curved) add_chunks(a.partials, a.split.chunks, sample, board.packed);
-    decide(a.rule, sample, board);
-    __syncthreads();
-    for (int e = threadIdx.x; e < a.rows; e += THREADS)
-      a.matrix[sample * a.rows + e] = board.rows[e];
-    __syncthreads();
-  }
-}
 
 constexpr int padded(int terms) { return (terms + 3) / 4 * 4; }
 
@@ -126,6 +81,10 @@ __device__ __forceinline__ void sweep(const MixArgs& a, const Coefficients<M, J>
   }
 }
 
+// Elements of each term that a thread has in flight; blocks that can then share a multiprocessor.
+constexpr int mix_elements(int terms) { return terms <= 3 ? 16 : terms <= 6 ? 8 : 4; }
+constexpr int mix_residency(int terms) { return terms <= 2 ? 3 : terms <= 6 ? 2 : 1; }
+
 // The outputs of a tile, all terms from device memory.
 template <int N, bool ANY, int M, int J>
 __device__ __forceinline__ void sweep_memory(const MixArgs& a, const Coefficients<M, J>& w,
@@ -134,7 +93,7 @@ __device__ __forceinline__ void sweep_memory(const MixArgs& a, const Coefficient
 #pragma unroll
   for (int m = 0; m < M; ++m)
     if (m < terms) p[m] = at<ANY>(a.term[m], t);
-  constexpr int STEP = N == 1 || M > 6 ? 1 : (M <= 3 ? 16 : 8) / N;
+  constexpr int STEP = N == 1 ? 1 : mix_elements(M) / N;
   sweep<N, ANY, STEP>(a, w, t, terms, [&](int m, int v) {
     const DType type = a.term[m].dtype;
     return load<N, ANY>(p[m] + v * N * bytes<ANY>(type), type);
@@ -142,12 +101,10 @@ __device__ __forceinline__ void sweep_memory(const MixArgs& a, const Coefficient
 }
 
 // One pass over the terms, M of them (or up to M > 6). Blocks take runs of tiles, from the last on:
-// what the Gram pass read last is still in the second-level cache. Floor: `terms` n elements read,
-// `outs` n written.
+// what a Gram pass read last is still in the second-level cache. Floor: each term read and each
+// output written once, so TCFG through gram_kernel and this reads 4 n elements and writes n.
 template <int M, int N, bool ANY>
-__global__ void __launch_bounds__(THREADS, M > 6   ? 1
-                                           : M > 2 ? 2
-                                                   : 3)
+__global__ void __launch_bounds__(THREADS, mix_residency(M))
     mix_kernel(const __grid_constant__ MixArgs a) {
   __shared__ Coefficients<M, MAX_OUTS> w;
   const int terms = M > 6 ? a.terms : M;
@@ -198,7 +155,7 @@ struct Walk {
 // leaves their sums, and combines them from there. Where a sample is one chunk its block goes on
 // alone; otherwise the launch is cooperative, holds every chunk of the call at once, and all blocks
 // wait for each other in between. A thread reads only the words it brought. n is a multiple of N.
-// Floor: K n elements read, those of the update too, outs n written.
+// Floor: each term read and each output written once, so TCFG reads 2 n elements and writes n.
 template <int K, int N, bool ANY>
 __global__ void __launch_bounds__(THREADS, 2) guide_kernel(const __grid_constant__ GuideArgs a) {
   constexpr int VECTORS = TILE / N / THREADS;
@@ -225,7 +182,7 @@ __global__ void __launch_bounds__(THREADS, 2) guide_kernel(const __grid_constant
 
     Sums<K> sums;
     Walk ahead = start, walk = start;
-    double* leave = warps;
+    double* next = warps;  // [held, WARPS, width]
 #pragma unroll 1
     for (int step = -AHEAD; step < steps; ++step) {
       if (step + AHEAD < steps) {
@@ -246,8 +203,8 @@ __global__ void __launch_bounds__(THREADS, 2) guide_kernel(const __grid_constant
             const int lane = (step + AHEAD) * VECTORS + u, v = u * THREADS + threadIdx.x;
             if (lane >= lanes) break;
             const bool there = v * N < t.left;  // else zeros, which add nothing, from nowhere
-            const char* from = there ? p + v * N * bytes<ANY>(type)
-                                     : static_cast<const char*>(mix.term[i].data);
+            const char* from =
+                there ? p + v * N * bytes<ANY>(type) : static_cast<const char*>(mix.term[i].data);
             uint4* word = words + (lane * a.planes + a.plane[i]) * THREADS + threadIdx.x;
             __pipeline_memcpy_async(word, from, 16, there ? 0 : 16);
             if (N == 8 && type == DType::f32)
@@ -268,8 +225,8 @@ __global__ void __launch_bounds__(THREADS, 2) guide_kernel(const __grid_constant
         sums.add(x);
       }
       if (walk.next(split)) {
-        sums.leave(leave, width);
-        leave += WARPS * width;
+        sums.leave(next, width);
+        next += WARPS * width;
       }
     }
     __syncthreads();
@@ -305,34 +262,6 @@ __global__ void __launch_bounds__(THREADS, 2) guide_kernel(const __grid_constant
         return load<N, ANY>(at<ANY>(mix.term[m], t) + v * N * bytes<ANY>(type), type);
       });
     }
-  }
-}
-
-// The backward's coefficients: a block per sample, a thread per part (see vjp_part).
-constexpr int VJP_THREADS = 64;
-
-__global__ void __launch_bounds__(VJP_THREADS) vjp_kernel(const __grid_constant__ VjpArgs a) {
-  __shared__ double packed[MAX_STATS], gram[MAX_PREDS * MAX_PREDS], sums[MAX_PREDS], dc[MAX_PREDS],
-      params[MAX_PARAMS];
-  __shared__ double2 scratch[VJP_THREADS][MAX_PREDS];
-  static_assert(sizeof(Dual) == sizeof(double2));
-  const RuleArgs& r = a.rule;
-  const int k = r.k, parts = vjp_parts(k, a.dvaried ? r.ncolumns : 0);
-  for (int64_t sample = blockIdx.x; sample < a.split.batch; sample += gridDim.x) {
-    sample_params(r, sample, params);
-    if (a.partials.data)
-      add_chunks(a.partials, a.split.chunks, sample, packed);
-    else
-      for (int e = threadIdx.x; e < MAX_STATS; e += VJP_THREADS) packed[e] = 0;
-    __syncthreads();
-    if (threadIdx.x == 0) unpack_vjp(k, packed, r.rescaled, gram, sums, dc);
-    __syncthreads();
-    const Sample<Dual> s{k, r.n, gram, sums, params, r.rescaled};
-    for (int part = threadIdx.x; part < parts; part += VJP_THREADS)
-      vjp_part(part, r.rule, s, dc, r.columns, a.matrix + sample * k * (k + 1),
-               a.shift + sample * k, a.dvaried ? a.dvaried + sample * r.ncolumns : nullptr,
-               reinterpret_cast<Dual*>(scratch[threadIdx.x]));
-    __syncthreads();
   }
 }
 

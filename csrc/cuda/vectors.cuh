@@ -1,4 +1,4 @@
-// Vectors of float32, bfloat16 and float16 memory, and what a block of threads does with its tile.
+// Tiles of samples, and vectors of float32, bfloat16 and float16 memory.
 //
 // A vector is N consecutive elements of a row; each kernel is compiled for what its tensors allow:
 //   N = 4            all are float32: one 16-byte access
