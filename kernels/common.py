@@ -15,16 +15,32 @@ from torch import Tensor
 from pydiffuse.autograd.guidance import ordered, samples_together
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+WARPS = 4
+CHUNKS = tl.constexpr(4 if INTERPRETED else 512)  # of a row, at most; a power of two
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
 
 
-@triton.jit
+def inner(function: Any) -> Any:
+    """triton.jit for what kernels call. The interpreter takes it as Python: it would patch
+    triton.language anew for each call, which takes longer than the call."""
+    return function if INTERPRETED else triton.jit(function)
+
+
+@inner
 def narrow(y, dtype: tl.constexpr):
     if INTERPRETED:  # it cuts float32 off to bfloat16 instead of rounding
         if dtype == tl.bfloat16:
             bits = y.to(tl.uint32, bitcast=True)
             y = (bits + 0x7FFF + (bits >> 16 & 1)).to(tl.float32, bitcast=True)
     return y.to(dtype)
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def power_of_2(least: int) -> int:
+    return 1 << (least - 1).bit_length()
 
 
 class Rows(NamedTuple):
@@ -35,38 +51,43 @@ class Rows(NamedTuple):
 
     @classmethod
     def of(
-        cls, op: str, outs: Sequence[Tensor], inputs: Iterable[Tensor]
+        cls, op: str, likes: Sequence[Tensor], inputs: Iterable[Tensor], written: bool = True
     ) -> tuple[Rows, list[Tensor]]:
-        """The rows of a call, and its inputs in the order of its first output."""
-        like = outs[0]
-        if not all(samples_together(t) and ordered(t, like) is t for t in outs):
-            raise ValueError(f"{op}: outputs must have samples that fill memory in one order")
+        """The rows of a call whose outputs are `likes`, and its inputs in the order of the first."""
+        like = likes[0]
+        if not all(samples_together(t, written) and ordered(t, like) is t for t in likes):
+            raise ValueError(f"{op}: the elements of each sample must lie together, in one order")
         rows = cls(len(like), like.numel() // len(like) if len(like) else 0)
         return rows, [ordered(t, like) for t in inputs]
+
+    def chunks(self, block: int) -> tuple[int, int]:
+        """Chunks in a row, and blocks in a chunk."""
+        blocks = cdiv(self.n, block)
+        each = cdiv(blocks, CHUNKS.value)
+        return cdiv(blocks, each), each
 
     def strides(self, tensors: Sequence[Tensor]) -> tuple[int, ...]:
         """Elements from one sample to the next."""
         return tuple(self.n if self.batch == 1 else t.stride(0) for t in tensors)
 
-    def vector(self, tensors: Sequence[Tensor]) -> int:
-        """Elements in a load of 16 bytes of the narrowest tensor; 1 where Triton will not see that
-        they are aligned."""
-        aligned = self.n % 16 == 0 and all(stride % 16 == 0 for stride in self.strides(tensors))
-        if not (aligned and all(t.data_ptr() % 16 == 0 for t in tensors)):
-            return 1
-        return 16 // min(t.element_size() for t in tensors)
+    def align(self, tensors: Sequence[Tensor]) -> int:
+        """What divides the bytes before every row and the length of a row: 16, or 1 where 16 does not.
+        Kernels are told, so that neither loads nor the order of sums depend on what Triton finds out."""
+        for t, stride in zip(tensors, self.strides(tensors), strict=True):
+            if self.n % 16 or stride % 16 or t.data_ptr() % 16:
+                return 1
+        return 16
 
 
-class Case(NamedTuple):
-    """A kernel to compile ahead of time: triton.compile(ASTSource(kernel, signature, constexprs,
-    attrs), target=..., options=options)."""
+def check_doubles(op: str, *tensors: Tensor | None) -> None:
+    for t in tensors:
+        if t is not None and not (t.dtype is torch.float64 and t.is_contiguous()):
+            raise ValueError(f"{op}: coefficients and statistics must be contiguous float64")
 
-    name: str
-    kernel: Any
-    signature: dict[str, Any]
-    constexprs: dict[tuple[int, ...], Any]
-    options: dict[str, Any]
-    attrs: dict[tuple[int, ...], Any]
+
+Case = tuple[str, Any, dict[str, Any], dict[tuple[int, ...], Any], dict[str, Any]]
+"""A kernel to compile ahead of time: its name, and what triton.compile(ASTSource(kernel, signature,
+constexprs), target=..., options=options) takes."""
 
 
 class Launch(NamedTuple):
@@ -79,30 +100,25 @@ class Launch(NamedTuple):
     def case(self, name: str) -> Case:
         """The variant of the kernel that this launch would run."""
         constexprs: dict[tuple[int, ...], Any] = {}
-        attrs: dict[tuple[int, ...], Any] = {}
 
-        def type_of(value: Any, special: bool, *path: int) -> Any:
+        def type_of(value: Any, *path: int) -> Any:
             if isinstance(value, tuple):
-                return tuple(type_of(v, special, *path, i) for i, v in enumerate(value))
-            if value is None or special and value == 1 and type(value) is int:
-                constexprs[path] = value
-                return "constexpr"
-            address = value.data_ptr() if isinstance(value, Tensor) else value
-            if special and not isinstance(value, float) and address % 16 == 0:
-                attrs[path] = [["tt.divisibility", 16]]
+                return tuple(type_of(v, *path, i) for i, v in enumerate(value))
             if isinstance(value, Tensor):
                 return "*" + TYPES[value.dtype]
+            if value is None:
+                constexprs[path] = None
+                return "constexpr"
             return "fp32" if isinstance(value, float) else "i32" if value < 2**31 else "i64"
 
         signature = {}
-        for i, parameter in enumerate(self.kernel.params):
-            if parameter.name in self.constants:
-                constexprs[(i,)] = self.constants[parameter.name]
-                signature[parameter.name] = "constexpr"
+        for i, argument in enumerate(self.kernel.arg_names):
+            if argument in self.constants:
+                constexprs[(i,)] = self.constants[argument]
+                signature[argument] = "constexpr"
             else:
-                special = not parameter.do_not_specialize
-                signature[parameter.name] = type_of(self.args[i], special, i)
-        return Case(name, self.kernel, signature, constexprs, {"num_warps": self.warps}, attrs)
+                signature[argument] = type_of(self.args[i], i)
+        return name, self.kernel, signature, constexprs, {"num_warps": self.warps}
 
 
 def run(launches: Sequence[Launch], like: Tensor) -> None:

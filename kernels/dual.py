@@ -5,26 +5,27 @@ of a formula gives its derivative by every input. Where only v is used, the comp
 is (c, 0.0); constants stand in the call, since Triton rounds a float that gets a name to float32.
 """
 
-import triton
 import triton.language as tl
 
+from pydiffuse.kernels.common import inner
 
-@triton.jit
+
+@inner
 def add(x, y):
     return x[0] + y[0], x[1] + y[1]
 
 
-@triton.jit
+@inner
 def sub(x, y):
     return x[0] - y[0], x[1] - y[1]
 
 
-@triton.jit
+@inner
 def mul(x, y):
     return x[0] * y[0], x[0] * y[1] + x[1] * y[0]
 
 
-@triton.jit
+@inner
 def div(x, y):
     # One division serves all quotients by the same y: float64 division is a subroutine on GPUs.
     inverse = 1.0 / y[0]
@@ -32,36 +33,36 @@ def div(x, y):
     return v, (x[1] - v * y[1]) * inverse
 
 
-@triton.jit
+@inner
 def pick(condition, x, y):
     return tl.where(condition, x[0], y[0]), tl.where(condition, x[1], y[1])
 
 
-@triton.jit
+@inner
 def over(x, y):
     # x / y; where y = 0 the caller picks another value, and x stands for the quotient, NaN or not.
     return div(x, pick(y[0] == 0, (1.0, 0.0), y))
 
 
-@triton.jit
+@inner
 def root(x):
     # The slope at 0 is taken as 0.
     r = tl.sqrt(x[0])
     return r, tl.where(r == 0, 0.0, x[1] * (0.5 / tl.where(r == 0, 1.0, r)))
 
 
-@triton.jit
+@inner
 def exponential(x):
     e = tl.exp(x[0])
     return e, tl.where(e == 0, 0.0, e * x[1])
 
 
-@triton.jit
+@inner
 def sine(x):
     return tl.sin(x[0]), tl.cos(x[0]) * x[1]
 
 
-@triton.jit
+@inner
 def length(x, y):
     # sqrt(x^2 + y^2): float64 squares of float32 Gram entries neither overflow nor vanish.
     r = tl.sqrt(x[0] * x[0] + y[0] * y[0])
@@ -69,7 +70,7 @@ def length(x, y):
     return r, tl.where(r == 0, 0.0, d)
 
 
-@triton.jit
+@inner
 def angle(y, x):
     # atan2(y, x) for y >= 0. libdevice's does not run in the interpreter, so: a guess within 4e-3, then
     # two steps a - tan(a - atan2(y, x)), each of which cubes the error.

@@ -1,26 +1,23 @@
 """Guidance in Triton: Gram matrices, coefficients and linear combinations, per sample.
 
 A tensor [B, ...] is seen as rows [B, n]. Programs are numbered sample by sample; each owns a chunk of a
-row, a number of whole blocks that depends on nothing but n. So neither the batch nor the device changes
-a bit, and all sums run in a fixed order:
+row, a number of whole blocks that depends on nothing but n, and all sums run in a fixed order. So a
+sample's neighbours in the batch do not change a bit of its result.
 
-gram_partials  a program adds the products of its chunk in float64, where a product of two float32 is
-               exact, one accumulator per thread and Gram entry, into partial [B, entries, chunks].
+gram_partials  (guidance_gram.py) a program adds the products of its chunk in float64.
 guide_kernel   every program adds its sample's partials and finds the coefficients (guidance_rules.py),
                then streams its chunk: two launches, or one where the rule needs no Gram matrix.
-rule_kernel    one program per sample does that ahead of mix_kernel, where each program would have too
-               much to add: many predictions, or the backward, whose rules run on dual numbers.
-mix_kernel     streams combinations whose coefficients lie in memory.
+rule_kernel    one program per sample does that ahead of mix_kernel (guidance_mix.py), where every
+               program would have too much to add: many predictions, or the backward, whose rules run on
+               dual numbers.
 
 Every output of a position is computed before any is stored: outputs may be the inputs.
 """
 
 from __future__ import annotations
 
-import os
 from array import array
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -28,319 +25,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pydiffuse.autograd.guidance import (
-    EMIT_PREDICT,
-    EMIT_STATE,
-    EMIT_UPDATE,
-    ordered,
-    samples_together,
+from pydiffuse.autograd.guidance import EMIT_PREDICT, EMIT_STATE, EMIT_UPDATE
+from pydiffuse.kernels.common import WARPS, Case, Launch, Rows, check_doubles, power_of_2, run
+from pydiffuse.kernels.guidance_gram import (
+    entries_of,
+    gram_launches,
+    gram_pass,
+    place,
+    statistics,
+    total_constants,
+    totals,
 )
-from pydiffuse.kernels.guidance_rules import RESCALE, at, coefficients
-from pydiffuse.rules import COMMON, RULES, UPDATE
+from pydiffuse.kernels.guidance_mix import Mixture, mix_launches, stream
+from pydiffuse.kernels.guidance_rules import RESCALE, at, combinations, solve
+from pydiffuse.rules import RULES
 
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
-WARPS = 4
-CHUNKS = 4 if INTERPRETED else 512  # of a sample, at most; a power of two
 INLINE = 4  # predictions whose partials every program of guide_kernel adds by itself
-CODES = {rule.code: rule for rule in RULES.values()}
-
-A, B, H, S, P, Q, ORIGINAL, PHI, RULE_PARAMS = map(tl.constexpr, range(len(UPDATE + COMMON) + 1))
-MOMENTUM = tl.constexpr(RULE_PARAMS.value + RULES["apg"].parameters.index("momentum"))
-HAS_X, HAS_HISTORY, HAS_NOISE = tl.constexpr(1), tl.constexpr(2), tl.constexpr(4)
-UPDATED, PREDICTED, STATED = map(tl.constexpr, (EMIT_UPDATE, EMIT_PREDICT, EMIT_STATE))
+CURVED = {rule.code: rule.curved for rule in RULES.values()}
 
 
-def block_of(tensors: int) -> int:
-    """Elements per block of a combination: 16, 8 or 4 a thread of all the tensors it holds at once."""
-    return 2048 if tensors <= 5 else 1024 if tensors <= 9 else 512
-
-
-def gram_block(k: int) -> tuple[int, int, int]:
-    """Of a Gram pass: elements per block, warps, and rows of the matrix in one sweep over a chunk."""
-    if k <= 5:
-        return (2048 if k <= 3 else 1024), WARPS, k
-    return (512, WARPS, k) if k <= 8 else (512, 2 * WARPS, 4)
-
-
-@triton.constexpr_function
-def upto(last, k):
-    return min(last, k)
-
-
-@triton.constexpr_function
-def swept(first, last, k, sums):
-    """The entries of rows first .. last - 1 of a triangle, column by column, and then their sums."""
-    pairs = [at(i, j, k) for j in range(first, k) for i in range(first, min(j + 1, last))]
-    return (*pairs, *(at(k, k, k) + i for i in range(first, last) if sums))
-
-
-@triton.jit
-def sweep(
-    preds,  # each [B, n]
-    strides,
-    sample,
-    chunk,
-    n,
-    blocks,
-    FIRST: tl.constexpr,
-    LAST: tl.constexpr,
-    SUMS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    LANES: tl.constexpr,
-    VECTOR: tl.constexpr,
-):
-    # The entries `swept` names, each a number per thread. A block becomes [LANES, elements of a thread]
-    # as its loads lie, VECTOR at a time, so folding moves no data. A later row's tensor is needed for one
-    # column only.
-    K: tl.constexpr = len(preds)
-    ROUNDS: tl.constexpr = BLOCK // (LANES * VECTOR)
-    lane = tl.arange(0, BLOCK)
-    total = ()
-    for _ in tl.static_range(len(swept(FIRST, LAST, K, SUMS))):
-        total = total + (tl.zeros([LANES], tl.float64),)
-    for block in range(blocks):
-        start = (chunk * blocks + block) * BLOCK
-        live = lane < n - start
-        p = ()
-        new = ()
-        for j in tl.static_range(FIRST, K):
-            row = preds[j] + sample * strides[j] + start
-            x = tl.load(row + lane, mask=live, other=0.0).to(tl.float32).to(tl.float64)
-            x = tl.permute(tl.reshape(x, [ROUNDS, LANES, VECTOR]), 1, 0, 2)
-            x = tl.reshape(x, [LANES, ROUNDS * VECTOR])
-            if j < LAST:
-                p = p + (x,)
-            for i in tl.static_range(len(p)):
-                new = new + (total[len(new)] + tl.sum(p[i] * x, 1),)
-        if SUMS:
-            for i in tl.static_range(len(p)):
-                new = new + (total[len(new)] + tl.sum(p[i], 1),)
-        total = new
-    return total
-
-
-@triton.jit(do_not_specialize=["chunks", "blocks"])
-def gram_partials(
-    partial,  # [B, entries, chunks] float64: the upper triangle, row by row, then the sums
-    preds,
-    strides,
-    n,
-    chunks,
-    blocks,  # per chunk
-    SUMS: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    LANES: tl.constexpr,
-    VECTOR: tl.constexpr,
-):
-    K: tl.constexpr = len(preds)
-    PAIRS: tl.constexpr = at(K, K, K)
-    program = tl.program_id(0)
-    sample, chunk = (program // chunks).to(tl.int64), (program % chunks).to(tl.int64)
-    to = partial + sample * (PAIRS + K * SUMS) * chunks + chunk
-    for first in tl.static_range(0, K, ROWS):
-        total = sweep(
-            preds, strides, sample, chunk, n, blocks, first, upto(first + ROWS, K), SUMS, BLOCK, LANES, VECTOR
-        )  # fmt: skip
-        for e in tl.static_range(len(total)):
-            entry = swept(first, upto(first + ROWS, K), K, SUMS)[e]
-            tl.store(to + entry * chunks, tl.sum(total[e]))
-
-
-@triton.jit
-def place(e, K: tl.constexpr):
-    # Row and column of the triangle's entries e.
-    row = e * 0
-    for i in tl.static_range(1, K):
-        row += (e >= at(i, i, K)).to(e.dtype)
-    return row, e - (row * K - row * (row - 1) // 2) + row
-
-
-@triton.jit
-def totals(partial, chunks, ENTRIES: tl.constexpr, WIDE: tl.constexpr, STEP: tl.constexpr):
-    # A sample's statistics [WIDE], WIDE a power of two from ENTRIES on.
-    e = tl.arange(0, WIDE)
-    from_ = partial + (e * chunks)[:, None] + tl.arange(0, STEP)[None, :]
-    total = tl.zeros([WIDE], tl.float64)
-    for first in range(0, chunks, STEP):
-        live = (e < ENTRIES)[:, None] & (first + tl.arange(0, STEP) < chunks)[None, :]
-        total += tl.sum(tl.load(from_ + first, mask=live, other=0.0), 1)
-    return total
-
-
-@triton.jit(do_not_specialize=["chunks"])
-def gram_kernel(
-    out,  # [B, K, K] float64
-    sums,  # [B, K] float64, or None
-    partial,
-    chunks,
-    K: tl.constexpr,
-    ENTRIES: tl.constexpr,
-    WIDE: tl.constexpr,
-    STEP: tl.constexpr,
-):
-    # A program per sample.
-    PAIRS: tl.constexpr = at(K, K, K)
-    sample = tl.program_id(0).to(tl.int64)
-    value = totals(partial + sample * ENTRIES * chunks, chunks, ENTRIES, WIDE, STEP)
-    e = tl.arange(0, WIDE)
-    row, column = place(e, K)
-    tl.store(out + (sample * K + row) * K + column, value, mask=e < PAIRS)
-    tl.store(out + (sample * K + column) * K + row, value, mask=e < PAIRS)
-    if sums is not None:
-        tl.store(sums + sample * K + e - PAIRS, value, mask=(e >= PAIRS) & (e < ENTRIES))
-
-
-@triton.jit
-def statistics(partial, sample, chunks, COUNT: tl.constexpr, MAX: tl.constexpr):
-    # A sample's statistics, one by one, for every thread.
-    values = ()
-    for e in tl.static_range(COUNT):
-        lane = tl.arange(0, MAX)
-        at = partial + (sample * COUNT + e) * chunks + lane
-        values = values + (tl.sum(tl.load(at, mask=lane < chunks, other=0.0)),)
-    return values
-
-
-@triton.jit
-def solve(
-    G,
-    n,
-    high,  # the parameters, each as the sum of two float32
-    low,
-    varied,  # [B, columns] float64, or None
-    sample,
-    seed,  # [lanes]: derivatives by the OWN statistics of the predictions, then by the columns
-    RULE: tl.constexpr,
-    K: tl.constexpr,
-    RESCALED: tl.constexpr,
-    SOURCE: tl.constexpr,  # per parameter: its column of `varied`, or -1
-    COLUMNS: tl.constexpr,
-    OWN: tl.constexpr,
-):
-    # The parameters and the coefficients, as dual numbers.
-    params = ()
-    for i in tl.static_range(len(SOURCE)):
-        if SOURCE[i] < 0:
-            value = tl.cast(high[i], tl.float64) + tl.cast(low[i], tl.float64)
-            params = params + ((value, 0.0),)
-        else:
-            value = tl.load(varied + sample * COLUMNS + SOURCE[i])
-            one = tl.where(seed == OWN + SOURCE[i], 1.0, 0.0).to(tl.float64)
-            params = params + ((value, one),)
-    own = params[RULE_PARAMS:]
-    c = coefficients(G, params[ORIGINAL], params[PHI], own, n, RULE, K, RESCALED)
-    return params, c
-
-
-@triton.jit
-def combinations(params, c, K: tl.constexpr, HAS: tl.constexpr, EMIT: tl.constexpr):
-    # The outputs' coefficients of (preds, x, history, noise).
-    rows = ()
-    if UPDATED & EMIT:
-        row = ()
-        for i in tl.static_range(K):
-            row = row + (params[B][0] * c[i][0],)
-        if HAS_X & HAS:
-            row = row + (params[A][0],)
-        if HAS_HISTORY & HAS:
-            row = row + (params[H][0],)
-        if HAS_NOISE & HAS:
-            row = row + (params[S][0],)
-        rows = rows + (row,)
-    if PREDICTED & EMIT:
-        row = ()
-        for i in tl.static_range(K):
-            row = row + (params[Q][0] * c[i][0],)
-        if HAS_X & HAS:
-            row = row + (params[P][0],)
-        rows = rows + (row,)
-    if STATED & EMIT:  # APG: c - u + momentum state
-        row = (1.0, -1.0)
-        if K == 3:
-            row = row + (params[MOMENTUM][0],)
-        rows = rows + (row,)
-    return rows
-
-
-@triton.jit
-def narrow(y, dtype: tl.constexpr):
-    if INTERPRETED:  # it cuts bfloat16 off instead of rounding
-        if dtype == tl.bfloat16:
-            bits = y.to(tl.uint32, bitcast=True)
-            y = (bits + 0x7FFF + (bits >> 16 & 1)).to(tl.float32, bitcast=True)
-    return y.to(dtype)
-
-
-@triton.jit
-def stream(
-    outs,
-    out_strides,
-    terms,
-    strides,
-    rows,  # coefficients [J][M] in registers, or () if they are in `matrix`
-    matrix,  # of this sample: [J, M] float64
-    shift,  # of this sample: [J] float64, or None
-    sample,
-    start,
-    n,
-    USED: tl.constexpr,  # per output, bit m: it has term m; what no output has is not read
-    ANY: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    lane = tl.arange(0, BLOCK)
-    live = lane < n - start
-    t = ()
-    for m in tl.static_range(len(terms)):
-        if ANY >> m & 1:
-            row = terms[m] + sample * strides[m] + start
-            t = t + (tl.load(row + lane, mask=live, other=0.0).to(tl.float32),)
-        else:
-            t = t + (0.0,)
-    results = ()
-    for j in tl.static_range(len(outs)):
-        y = tl.full([BLOCK], -0.0, tl.float32)  # -0 + y = y, always
-        if shift is not None:
-            y += tl.load(shift + j).to(tl.float32)
-        for m in tl.static_range(len(terms)):
-            if USED[j] >> m & 1:
-                if len(rows) == 0:
-                    c = tl.load(matrix + j * len(terms) + m)
-                else:
-                    c = rows[j][m]
-                y += tl.cast(c, tl.float32) * t[m]
-        results = results + (y,)
-    if len(outs) > 1:  # another thread may still have to read what this one overwrites
-        tl.debug_barrier()
-    for j in tl.static_range(len(outs)):
-        row = outs[j] + sample * out_strides[j] + start
-        tl.store(row + lane, narrow(results[j], outs[j].dtype.element_ty), mask=live)
-
-
-@triton.jit(do_not_specialize=["chunks"])
-def mix_kernel(
-    outs,  # each [B, n]
-    out_strides,
-    terms,
-    strides,
-    matrix,  # [B, J, M] float64
-    shift,  # [B, J] float64, or None
-    n,
-    chunks,
-    USED: tl.constexpr,
-    ANY: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    program = tl.program_id(0)
-    sample, chunk = (program // chunks).to(tl.int64), (program % chunks).to(tl.int64)
-    matrix += sample * len(outs) * len(terms)
-    if shift is not None:
-        shift += sample * len(outs)
-    start = chunk * BLOCK
-    stream(outs, out_strides, terms, strides, (), matrix, shift, sample, start, n, USED, ANY, BLOCK)
-
-
-@triton.jit(do_not_specialize=["partials", "chunks", "blocks"])
+@triton.jit(do_not_specialize=["partials", "n", "chunks", "blocks"])
 def guide_kernel(
     outs,
     out_strides,
@@ -359,20 +63,20 @@ def guide_kernel(
     RESCALED: tl.constexpr,
     SOURCE: tl.constexpr,
     COLUMNS: tl.constexpr,
-    STATS: tl.constexpr,
+    ENTRIES: tl.constexpr,
     HAS: tl.constexpr,
     EMIT: tl.constexpr,  # 0: the one term is a gradient y, and output i is c_i y
     USED: tl.constexpr,
     ANY: tl.constexpr,
     BLOCK: tl.constexpr,
-    MAX: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):
     # Backwards: what the Gram pass read last is still in the cache.
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     sample, chunk = (program // chunks).to(tl.int64), (program % chunks).to(tl.int64)
     seed = tl.arange(0, 1)
-    G = (statistics(partial, sample, partials, STATS, MAX), None, 0, seed)
-    params, c = solve(G, n, high, low, varied, sample, seed, RULE, K, RESCALED, SOURCE, COLUMNS, STATS)
+    G = (statistics(partial, sample, partials, ENTRIES), None, 0, seed)
+    params, c = solve(G, n, high, low, varied, sample, seed, RULE, K, RESCALED, SOURCE, COLUMNS, ENTRIES)
     if EMIT == 0:
         rows = ()
         for i in tl.static_range(K):
@@ -381,10 +85,12 @@ def guide_kernel(
         rows = combinations(params, c, K, HAS, EMIT)
     for block in range(blocks):
         start = (chunk * blocks + block) * BLOCK
-        stream(outs, out_strides, terms, strides, rows, None, None, sample, start, n, USED, ANY, BLOCK)
+        stream(
+            outs, out_strides, terms, strides, rows, None, None, sample, start, n, USED, ANY, BLOCK, ALIGN
+        )
 
 
-@triton.jit(do_not_specialize=["chunks"])
+@triton.jit(do_not_specialize=["n", "chunks"])
 def rule_kernel(
     matrix,  # [B, J, M] float64; backward: [B, K, K + 1], dp_i = sum_j m_ij p_j + m_iK y + shift_i
     shift,  # backward: [B, K] float64, or None
@@ -401,13 +107,13 @@ def rule_kernel(
     SOURCE: tl.constexpr,
     COLUMNS: tl.constexpr,
     HAS: tl.constexpr,
-    EMIT: tl.constexpr,
-    BACKWARD: tl.constexpr,  # the statistics are those of (p_0 .. p_{K-1}, y)
+    EMIT: tl.constexpr,  # 0: the backward; the statistics are those of (p_0 .. p_{K-1}, y)
     ENTRIES: tl.constexpr,
     WIDE: tl.constexpr,
     STEP: tl.constexpr,
     SEEDS: tl.constexpr,
 ):
+    BACKWARD: tl.constexpr = EMIT == 0
     PAIRS: tl.constexpr = at(K, K, K)
     OWN: tl.constexpr = PAIRS + K * RESCALED
     sample = tl.program_id(0).to(tl.int64)
@@ -445,294 +151,227 @@ def rule_kernel(
             tl.store(dvaried + sample * COLUMNS + seed - OWN, slope, mask=live)
     else:
         rows = combinations(params, c, K, HAS, EMIT)
+        TERMS: tl.constexpr = K + (HAS & 1) + (HAS >> 1 & 1) + (HAS >> 2 & 1)
         for j in tl.static_range(len(rows)):
-            for m in tl.static_range(len(rows[j])):
-                tl.store(matrix + (sample * len(rows) + j) * len(rows[0]) + m, rows[j][m])
+            for m in tl.static_range(len(rows[j])):  # terms that a row lacks are not read
+                tl.store(matrix + (sample * len(rows) + j) * TERMS + m, rows[j][m])
 
 
-class Launch(NamedTuple):
-    kernel: Any
-    programs: int
-    args: tuple[Any, ...]
-    constants: dict[str, Any]
-    warps: int = WARPS
+class Rule(NamedTuple):
+    """What the coefficients of a call come from, beside the predictions."""
 
-    def run(self) -> None:
-        self.kernel[(self.programs,)](*self.args, **self.constants, num_warps=self.warps)
-
-
-class Rows(NamedTuple):
-    """The tensors of a call, each as rows [batch, n] whose elements lie in one order."""
-
-    batch: int
-    n: int
-
-    def strides(self, tensors: Sequence[Tensor]) -> tuple[int, ...]:
-        return tuple(self.n if self.batch == 1 else t.stride(0) for t in tensors)
-
-    def vector(self, tensors: Sequence[Tensor]) -> int:
-        """Elements in one load of 16 bytes of the narrowest tensor; 1 where Triton cannot know that
-        they are aligned."""
-        aligned = self.n % 16 == 0 and all(stride % 16 == 0 for stride in self.strides(tensors))
-        if not (aligned and all(t.data_ptr() % 16 == 0 for t in tensors)):
-            return 1
-        return 16 // min(t.element_size() for t in tensors)
-
-    def chunks(self, block: int) -> tuple[int, int]:
-        """Chunks in a row, and blocks in a chunk."""
-        blocks = triton.cdiv(self.n, block)
-        each = triton.cdiv(blocks, CHUNKS)
-        return triton.cdiv(blocks, each), each
-
-
-def rows_of(op: str, outs: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Rows, list[Tensor]]:
-    """The rows of a call, and its inputs in the order of its first output."""
-    like = outs[0]
-    if not samples_together(like):
-        raise ValueError(f"{op}: the elements of each sample must lie together in memory")
-    for t in outs[1:]:
-        if ordered(t, like) is not t:
-            raise ValueError(f"{op}: all outputs must share one order of dimensions in memory")
-    batch = len(like)
-    rows = Rows(batch, like.numel() // batch if batch else 0)
-    return rows, [ordered(t, like) for t in inputs]
-
-
-def entries_of(k: int, sums: bool) -> int:
-    return at(k, k, k) + k * sums
-
-
-def total_constants(entries: int) -> dict[str, int]:
-    wide = triton.next_power_of_2(entries)
-    return {"ENTRIES": entries, "WIDE": wide, "STEP": max(16, 2048 // wide)}
-
-
-def plan_gram(rows: Rows, preds: Sequence[Tensor], sums: bool) -> tuple[Launch, Tensor, int]:
-    """The Gram pass, the partials it fills and their number per entry."""
-    k = len(preds)
-    block, warps, at_once = gram_block(k)
-    chunks, blocks = rows.chunks(block)
-    entries = entries_of(k, sums)
-    partial = preds[0].new_empty(rows.batch * entries * chunks, dtype=torch.float64)
-    args = (partial, tuple(preds), rows.strides(preds), rows.n, chunks, blocks)
-    vector = min(rows.vector(preds), block // (32 * warps))
-    constants = {
-        "SUMS": sums, "ROWS": at_once, "BLOCK": block, "LANES": 32 * warps, "VECTOR": vector,
-    }  # fmt: skip
-    return Launch(gram_partials, rows.batch * chunks, args, constants, warps), partial, chunks
-
-
-def plan_mix(
-    rows: Rows,
-    outs: Sequence[Tensor],
-    terms: Sequence[Tensor],
-    matrix: Tensor,
-    shift: Tensor | None,
-    used: tuple[int, ...],
-) -> Launch:
-    block = block_of(len(outs) + len(terms))
-    chunks = triton.cdiv(rows.n, block)
-    args = (
-        tuple(outs), rows.strides(outs), tuple(terms), rows.strides(terms), matrix, shift, rows.n,
-        chunks,
-    )  # fmt: skip
-    constants = {"USED": used, "ANY": any_of(used), "BLOCK": block}
-    return Launch(mix_kernel, rows.batch * chunks, args, constants)
-
-
-def any_of(used: tuple[int, ...]) -> int:
-    together = 0
-    for mask in used:
-        together |= mask
-    return together
-
-
-class Coefficients(NamedTuple):
-    """What a rule's coefficients come from: arguments and constants that its kernels share."""
-
-    rule: int
+    code: int
     k: int
     params: Sequence[float]
     rescaled: bool
     varied: Tensor | None
     columns: Sequence[int]
 
-    @property
     def curved(self) -> bool:
-        return self.rescaled or CODES[self.rule].curved
+        return self.rescaled or CURVED[self.code]
 
-    @property
     def args(self) -> tuple[Any, ...]:
-        """Kernels take float32 numbers: each parameter is split into two, good to 48 bits."""
+        """Kernels take float32 numbers: each parameter goes as the sum of two, good to 48 bits."""
         high = array("f", self.params).tolist()
-        low = [v - h if v - h == v - h else 0.0 for v, h in zip(self.params, high, strict=True)]
+        low = [v - h if abs(h) < float("inf") else 0.0 for v, h in zip(self.params, high, strict=True)]
         return tuple(high), tuple(low), self.varied
 
-    @property
-    def constants(self) -> dict[str, Any]:
-        source = [-1] * len(self.params)
-        for column, i in enumerate(self.columns):
-            source[i] = column
+    def constants(self, has: int, emit: int) -> dict[str, Any]:
+        columns = tuple(self.columns)
+        source = tuple(columns.index(i) if i in columns else -1 for i in range(len(self.params)))
         return {
-            "RULE": self.rule, "K": self.k, "RESCALED": self.rescaled, "SOURCE": tuple(source),
-            "COLUMNS": len(self.columns),
-        }  # fmt: skip
+            "RULE": self.code,
+            "K": self.k,
+            "RESCALED": self.rescaled,
+            "SOURCE": source,
+            "COLUMNS": len(columns),
+            "HAS": has,
+            "EMIT": emit,
+        }
 
-    def plan(
+    def stream(
+        self, rows: Rows, mixture: Mixture, partial: Tensor | None, partials: int, has: int, emit: int
+    ) -> Launch:
+        """Coefficients and combination in one; `emit` 0 is the gradient of a rule without a Gram pass."""
+        constants = {
+            **self.constants(has, emit),
+            **mixture.constants(rows),
+            "ENTRIES": entries_of(self.k, self.rescaled) if partial is not None else 0,
+        }
+        chunks, blocks = rows.chunks(constants["BLOCK"])
+        args = (*mixture.args(rows), partial, partials, rows.n, chunks, blocks, *self.args())
+        return Launch(guide_kernel, rows.batch * chunks, args, constants, WARPS)
+
+    def matrix(
         self,
         rows: Rows,
-        gram: tuple[Tensor, int],
-        matrix: Tensor,
-        shift: Tensor | None = None,
-        dvaried: Tensor | None = None,
+        outs: tuple[Tensor, Tensor | None, Tensor | None],
+        partial: Tensor,
+        chunks: int,
         has: int = 0,
         emit: int = 0,
     ) -> Launch:
-        """The kernel that fills `matrix`; the backward's if `emit` is 0."""
-        partial, chunks = gram
-        backward, k = emit == 0, self.k
-        seeds = entries_of(k, self.rescaled) + len(self.columns) if backward else 1
-        constants = self.constants | total_constants(entries_of(k + backward, self.rescaled)) | {
-            "HAS": has, "EMIT": emit, "BACKWARD": backward,
-            "SEEDS": triton.next_power_of_2(seeds),
-        }  # fmt: skip
-        args = (matrix, shift, dvaried, partial, rows.n, chunks, *self.args)
-        return Launch(rule_kernel, rows.batch, args, constants, warps=8 if seeds > 128 else WARPS)
+        """Coefficients into memory: `outs` is the matrix and, for the gradient (`emit` 0), the shift and
+        the gradient of what varies."""
+        backward = emit == 0
+        seeds = entries_of(self.k, self.rescaled) + len(self.columns) if backward else 1
+        constants = {
+            **self.constants(has, emit),
+            **total_constants(entries_of(self.k + backward, self.rescaled)),
+            "SEEDS": power_of_2(seeds),
+        }
+        args = (*outs, partial, rows.n, chunks, *self.args())
+        return Launch(rule_kernel, rows.batch, args, constants, WARPS if seeds <= 128 else 2 * WARPS)
 
 
-def masks(rule: int, k: int, has: int, emit: int) -> tuple[int, ...]:
-    """Per output, the terms it has: a term that is not there is not read, so its NaNs stay out."""
-    every = (1 << k) - 1
-    preds = 2 if rule == RESCALE.value else every
-    extras = ((1 << has.bit_count()) - 1) << k
-    used = {EMIT_UPDATE: preds | extras, EMIT_PREDICT: preds | (has & 1) << k, EMIT_STATE: every}
-    return tuple(mask for bit, mask in used.items() if emit & bit)
-
-
-def plan_guide(
+def guide_launches(
     out: Sequence[Tensor],
     preds: Sequence[Tensor],
     x: Tensor | None,
     history: Tensor | None,
     noise: Tensor | None,
-    rule: int,
+    code: int,
     params: Sequence[float],
     rescaled: bool,
     varied: Tensor | None,
     columns: Sequence[int],
     emit: int,
 ) -> list[Launch]:
-    extras = (x, history, noise)
+    check_doubles("guide", varied)
+    k, extras = len(preds), (x, history, noise)
     has = sum(1 << i for i, t in enumerate(extras) if t is not None)
-    rows, terms = rows_of("guide", out, [*preds, *(t for t in extras if t is not None)])
+    rows, terms = Rows.of("guide", out, (*preds, *(t for t in extras if t is not None)))
     if rows.batch * rows.n == 0:
         return []
-    k = len(preds)
-    rule_ = Coefficients(rule, k, params, rescaled, varied, columns)
-    used = masks(rule, k, has, emit)
-    launches = []
-    partial, partials = None, 0
-    if rule_.curved:
-        launch, partial, partials = plan_gram(rows, terms[:k], rescaled)
-        launches.append(launch)
-        if k > INLINE:
-            matrix = partial.new_empty(rows.batch, len(out), len(terms))
-            launches.append(rule_.plan(rows, (partial, partials), matrix, has=has, emit=emit))
-            launches.append(plan_mix(rows, out, terms, matrix, None, used))
-            return launches
-    launches.append(plan_stream(rows, out, terms, rule_, (partial, partials), has, emit, used))
-    return launches
+    rule = Rule(code, k, params, rescaled, varied, columns)
+    every, more = (1 << k) - 1, ((1 << has.bit_count()) - 1) << k
+    guided = 2 if code == RESCALE.value else every
+    masks = {EMIT_UPDATE: guided | more, EMIT_PREDICT: guided | (has & 1) << k, EMIT_STATE: every}
+    mixture = Mixture(out, terms, tuple(mask for bit, mask in masks.items() if emit & bit))
+    if not rule.curved():
+        return [rule.stream(rows, mixture, None, 0, has, emit)]
+    launch, partial, chunks = gram_pass(rows, terms[:k], rescaled)
+    if k <= INLINE:
+        return [launch, rule.stream(rows, mixture, partial, chunks, has, emit)]
+    matrix = partial.new_empty(rows.batch, len(out), len(terms))
+    return [
+        launch,
+        rule.matrix(rows, (matrix, None, None), partial, chunks, has, emit),
+        mixture.launch(rows, matrix, None),
+    ]
 
 
-def plan_stream(
-    rows: Rows,
-    out: Sequence[Tensor],
-    terms: Sequence[Tensor],
-    rule: Coefficients,
-    gram: tuple[Tensor | None, int],
-    has: int,
-    emit: int,
-    used: tuple[int, ...],
-) -> Launch:
-    """guide_kernel: coefficients and combination in one."""
-    block = block_of(len(out) + len(terms))
-    chunks, blocks = rows.chunks(block)
-    args = (
-        tuple(out), rows.strides(out), tuple(terms), rows.strides(terms), *gram, rows.n, chunks,
-        blocks, *rule.args,
-    )  # fmt: skip
-    stats = entries_of(rule.k, rule.rescaled) if rule.curved else 0
-    constants = rule.constants | {
-        "STATS": stats, "HAS": has, "EMIT": emit, "USED": used, "ANY": any_of(used), "BLOCK": block,
-        "MAX": CHUNKS,
-    }  # fmt: skip
-    return Launch(guide_kernel, rows.batch * chunks, args, constants)
-
-
-def plan_guide_backward(
+def guide_backward_launches(
     dpreds: Sequence[Tensor],
     dvaried: Tensor | None,
     grad: Tensor,
     preds: Sequence[Tensor],
-    rule: int,
+    code: int,
     params: Sequence[float],
     rescaled: bool,
     varied: Tensor | None,
     columns: Sequence[int],
 ) -> list[Launch]:
-    rows, terms = rows_of("guide_backward", dpreds, [*preds, grad])
-    if rows.batch * rows.n == 0:
-        return []
+    check_doubles("guide_backward", varied, dvaried)
     k = len(preds)
-    rule_ = Coefficients(rule, k, params, rescaled, varied, columns)
-    if not rule_.curved and dvaried is None:
-        return [plan_stream(rows, dpreds, terms[k:], rule_, (None, 0), 0, 0, (1,) * k)]
-    launch, partial, chunks = plan_gram(rows, terms, rescaled)
+    rows, terms = Rows.of("guide_backward", dpreds, (*preds, grad))
+    if rows.batch * rows.n == 0:
+        if dvaried is not None:
+            dvaried.zero_()
+        return []
+    rule = Rule(code, k, params, rescaled, varied, columns)
+    if not rule.curved() and dvaried is None:
+        return [rule.stream(rows, Mixture(dpreds, terms[k:], (1,) * k), None, 0, 0, 0)]
+    launch, partial, chunks = gram_pass(rows, terms, rescaled)
     matrix = partial.new_empty(rows.batch, k, k + 1)
     shift = partial.new_empty(rows.batch, k) if rescaled else None
-    used = ((1 << (k + 1)) - 1 if rule_.curved else 1 << k,) * k
+    used = (1 << k + 1) - 1 if rule.curved() else 1 << k
     return [
         launch,
-        rule_.plan(rows, (partial, chunks), matrix, shift, dvaried),
-        plan_mix(rows, dpreds, terms, matrix, shift, used),
+        rule.matrix(rows, (matrix, shift, dvaried), partial, chunks),
+        Mixture(dpreds, terms, (used,) * k).launch(rows, matrix, shift),
     ]
 
 
-def run(launches: Sequence[Launch], like: Tensor) -> None:
-    with torch.cuda.device(like.device) if like.is_cuda else nullcontext():
-        for launch in launches:
-            launch.run()
+# The ops: arguments as in the schemas of pydiffuse/_ops.py.
 
 
 def guide(out: Sequence[Tensor], *args: Any) -> None:
-    run(plan_guide(out, *args), out[0])
+    run(guide_launches(out, *args), out[0])
 
 
-def guide_backward(dpreds: Sequence[Tensor], dvaried: Tensor | None, *args: Any) -> None:
-    if dvaried is not None and dpreds[0].numel() == 0:
-        dvaried.zero_()
-    run(plan_guide_backward(dpreds, dvaried, *args), dpreds[0])
+def guide_backward(dpreds: Sequence[Tensor], *args: Any) -> None:
+    run(guide_backward_launches(dpreds, *args), dpreds[0])
 
 
-def mix(out: Sequence[Tensor], terms: Sequence[Tensor], matrix: Tensor, shift: Tensor | None) -> None:
-    rows, terms = rows_of("mix", out, terms)
-    if rows.batch * rows.n:
-        used = ((1 << len(terms)) - 1,) * len(out)
-        run([plan_mix(rows, out, terms, matrix, shift, used)], out[0])
+def mix(out: Sequence[Tensor], *args: Any) -> None:
+    run(mix_launches(out, *args), out[0])
 
 
 def gram(out: Tensor, sums: Tensor | None, preds: Sequence[Tensor]) -> None:
-    rows, preds = rows_of("gram", preds[:1], preds)
-    if rows.batch * rows.n == 0:
-        out.zero_()
-        if sums is not None:
-            sums.zero_()
-        return
-    run(plan_gram_op(rows, out, sums, preds), out)
+    run(gram_launches(out, sums, preds), out)
 
 
-def plan_gram_op(rows: Rows, out: Tensor, sums: Tensor | None, preds: Sequence[Tensor]) -> list[Launch]:
-    k, summed = len(preds), sums is not None
-    launch, partial, chunks = plan_gram(rows, preds, summed)
-    constants = {"K": k, **total_constants(entries_of(k, summed))}
-    return [launch, Launch(gram_kernel, rows.batch, (out, sums, partial, chunks), constants)]
+def compile_cases() -> list[Case]:
+    """Representative variants of every kernel, for tests that compile them without a GPU."""
+    B, n = 2, 65536
+    f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
+    plain = (1.0, 1.0, 0.0, 0.0, 0.0, 1.0, 0.0)  # update and `original`; rescale and the rule's follow
+
+    def tensors(count: int, dtype: torch.dtype) -> list[Tensor]:
+        return [torch.empty(B, n, dtype=dtype) for _ in range(count)]
+
+    def doubles(*shape: int) -> Tensor:
+        return torch.empty(B, *shape, dtype=torch.float64)
+
+    def ruled(
+        name: str,
+        k: int,
+        own: tuple[float, ...],
+        dtype: torch.dtype,
+        rescale: float = 0.0,
+        extras: int = 0,
+        emit: int = EMIT_UPDATE,
+    ) -> list[Launch]:
+        x = [*tensors(extras, f32), None, None, None][:3]
+        params = (*plain, rescale, *own)
+        out = tensors(emit.bit_count(), f32 if extras else dtype)
+        code = RULES[name].code
+        return guide_launches(out, tensors(k, dtype), *x, code, params, rescale != 0, None, (), emit)
+
+    def gradient(
+        name: str, k: int, own: tuple[float, ...], dtype: torch.dtype, *columns: int
+    ) -> list[Launch]:
+        varied, params = doubles(len(columns)) if columns else None, (*plain, 0.0, *own)
+        rest = (RULES[name].code, params, 7 in columns, varied, columns)
+        return guide_backward_launches(
+            tensors(k, dtype), varied, tensors(1, dtype)[0], tensors(k, dtype), *rest
+        )
+
+    both = EMIT_UPDATE | EMIT_PREDICT
+    stated = EMIT_UPDATE | EMIT_STATE
+    calls = {
+        "tcfg fp32": ruled("tcfg", 2, (3.0,), f32),
+        "tcfg bf16": ruled("tcfg", 2, (3.0,), bf16),
+        "tcfg bf16 rescaled": ruled("tcfg", 2, (3.0,), bf16, 0.7),
+        "tcfg bf16 to x, history, noise, prediction": ruled("tcfg", 2, (3.0,), bf16, 0.0, 3, both),
+        "cfg fp16": ruled("cfg", 2, (3.0,), f16),
+        "apg bf16 with state": ruled("apg", 3, (3.0, 0.5, 2.0, -0.5), bf16, 0.7, 0, stated),
+        "slerp fp32": ruled("slerp", 2, (0.5,), f32),
+        "perp_neg bf16 of 8": ruled("perp_neg", 8, (3.0,) * 7, bf16),
+        "tcfg fp32 gradient": gradient("tcfg", 2, (3.0,), f32),
+        "tcfg bf16 gradient with scale, rescale": gradient("tcfg", 2, (3.0,), bf16, 7, 8),
+        "slerp fp32 gradient": gradient("slerp", 2, (0.5,), f32),
+        "apg bf16 gradient": gradient("apg", 3, (3.0, 0.5, 2.0, -0.5), bf16, 8),
+        "cfg bf16 gradient": gradient("cfg", 2, (3.0,), bf16),
+        "mix fp32 3 x 3": mix_launches(tensors(3, f32), tensors(3, f32), doubles(3, 3), doubles(3)),
+        "mix bf16 16 x 16": mix_launches(tensors(16, bf16), tensors(16, bf16), doubles(16, 16), None),
+        "gram fp32 of 3": gram_launches(doubles(3, 3), None, tensors(3, f32)),
+        "gram bf16 of 8 with sums": gram_launches(doubles(8, 8), doubles(8), tensors(8, bf16)),
+        "gram fp32 of 16 with sums": gram_launches(doubles(16, 16), doubles(16), tensors(16, f32)),
+    }
+    return [
+        launch.case(f"{name}: {launch.kernel.fn.__name__}")
+        for name, launches in calls.items()
+        for launch in launches
+    ]

@@ -9,6 +9,8 @@ backward its derivatives.
 import triton
 import triton.language as tl
 
+from pydiffuse.autograd.guidance import EMIT_PREDICT, EMIT_STATE, EMIT_UPDATE
+from pydiffuse.kernels.common import inner
 from pydiffuse.kernels.dual import (
     add,
     angle,
@@ -22,7 +24,7 @@ from pydiffuse.kernels.dual import (
     sine,
     sub,
 )
-from pydiffuse.rules import RULES
+from pydiffuse.rules import COMMON, RULES, UPDATE
 
 LINEAR = tl.constexpr(RULES["linear"].code)
 CFG = tl.constexpr(RULES["cfg"].code)
@@ -35,6 +37,11 @@ COMPOSE = tl.constexpr(RULES["compose"].code)
 SLERP = tl.constexpr(RULES["slerp"].code)
 RESCALE = tl.constexpr(RULES["rescale"].code)
 
+A, B, H, S, P, Q, ORIGINAL, PHI, RULE_PARAMS = map(tl.constexpr, range(len(UPDATE + COMMON) + 1))
+MOMENTUM = tl.constexpr(RULE_PARAMS.value + RULES["apg"].parameters.index("momentum"))
+HAS_X, HAS_HISTORY, HAS_NOISE = tl.constexpr(1), tl.constexpr(2), tl.constexpr(4)
+UPDATED, PREDICTED, STATED = map(tl.constexpr, (EMIT_UPDATE, EMIT_PREDICT, EMIT_STATE))
+
 
 @triton.constexpr_function
 def at(i, j, k):
@@ -42,7 +49,7 @@ def at(i, j, k):
     return i * k - i * (i - 1) // 2 + j - i
 
 
-@triton.jit
+@inner
 def entry(G, e: tl.constexpr):
     # Statistic e as a dual number, made where it is used: all at once would not fit the registers.
     values, memory, step, seed = G
@@ -53,7 +60,7 @@ def entry(G, e: tl.constexpr):
     return v, tl.where(seed == e, 1.0, 0.0).to(tl.float64)
 
 
-@triton.jit
+@inner
 def extrapolate(w, x, y, original):
     # base + w (c - u'), u' = x c + y u, base = c if `original` else u'.
     start = original[0] != 0
@@ -61,7 +68,7 @@ def extrapolate(w, x, y, original):
     return c, mul(sub(pick(start, (0.0, 0.0), (1.0, 0.0)), w), y)
 
 
-@triton.jit
+@inner
 def tcfg(G, w, original):
     cc, cu, uu = entry(G, 0), entry(G, 1), entry(G, 2)
     D = length(sub(cc, uu), add(cu, cu))
@@ -71,7 +78,7 @@ def tcfg(G, w, original):
     return extrapolate(w, x, y, original)
 
 
-@triton.jit
+@inner
 def apg(G, own, original, K: tl.constexpr):
     # d = c - u + momentum state in the basis of the predictions: 1, -1, momentum.
     w, eta, threshold, m = own[0], own[1], own[2], own[3]
@@ -99,7 +106,7 @@ def apg(G, own, original, K: tl.constexpr):
     return coefs
 
 
-@triton.jit
+@inner
 def magnitude_aware(G, w, alpha, original):
     cc, cu, uu = entry(G, 0), entry(G, 1), entry(G, 2)
     dd = add(sub(cc, add(cu, cu)), uu)
@@ -113,7 +120,7 @@ def magnitude_aware(G, w, alpha, original):
     return extrapolate(w, (0.0, 0.0), (1.0, 0.0), original)
 
 
-@triton.jit
+@inner
 def perp_neg(G, own, original, K: tl.constexpr):
     # u + w (along (c - u) - sum v_i (n_i - u)); predictions c, n_1 .. n_m, u; own: w, v_1 .. v_m.
     w, cu, uu = own[0], entry(G, K - 1), entry(G, at(K - 1, K - 1, K))
@@ -132,7 +139,7 @@ def perp_neg(G, own, original, K: tl.constexpr):
     return (c,) + negatives + (u,)
 
 
-@triton.jit
+@inner
 def compose(own, K: tl.constexpr):
     coefs = ()
     u = (1.0, 0.0)
@@ -142,7 +149,7 @@ def compose(own, K: tl.constexpr):
     return coefs + (u,)
 
 
-@triton.jit
+@inner
 def slerp(G, t):
     ab = entry(G, 1)
     area = mul(entry(G, 0), entry(G, 2))
@@ -157,7 +164,7 @@ def slerp(G, t):
     )
 
 
-@triton.jit
+@inner
 def rescale(c, G, phi, n, K: tl.constexpr):
     # Unchanged where g is constant. A variance below 1e-13 of its second moment is rounding, hence 0.
     gg = (0.0, 0.0)
@@ -183,7 +190,7 @@ def rescale(c, G, phi, n, K: tl.constexpr):
     return coefs
 
 
-@triton.jit
+@inner
 def coefficients(G, original, phi, own, n, RULE: tl.constexpr, K: tl.constexpr, RESCALED: tl.constexpr):
     if RULE == LINEAR:
         c = own
@@ -209,3 +216,64 @@ def coefficients(G, original, phi, own, n, RULE: tl.constexpr, K: tl.constexpr, 
     if RESCALED:
         c = rescale(c, G, phi, n, K)
     return c
+
+
+@inner
+def solve(
+    G,
+    n,
+    high,  # the parameters, each as the sum of two float32
+    low,
+    varied,  # [B, columns] float64, or None
+    sample,
+    seed,  # [lanes]: derivatives by the OWN statistics of the predictions, then by the columns
+    RULE: tl.constexpr,
+    K: tl.constexpr,
+    RESCALED: tl.constexpr,
+    SOURCE: tl.constexpr,  # per parameter: its column of `varied`, or -1
+    COLUMNS: tl.constexpr,
+    OWN: tl.constexpr,
+):
+    # The parameters and the coefficients, as dual numbers.
+    params = ()
+    for i in tl.static_range(len(SOURCE)):
+        if SOURCE[i] < 0:
+            value = tl.cast(high[i], tl.float64) + tl.cast(low[i], tl.float64)
+            params = params + ((value, 0.0),)
+        else:
+            value = tl.load(varied + sample * COLUMNS + SOURCE[i])
+            one = tl.where(seed == OWN + SOURCE[i], 1.0, 0.0).to(tl.float64)
+            params = params + ((value, one),)
+    own = params[RULE_PARAMS:]
+    c = coefficients(G, params[ORIGINAL], params[PHI], own, n, RULE, K, RESCALED)
+    return params, c
+
+
+@inner
+def combinations(params, c, K: tl.constexpr, HAS: tl.constexpr, EMIT: tl.constexpr):
+    # The outputs' coefficients of (preds, x, history, noise).
+    rows = ()
+    if UPDATED & EMIT:
+        row = ()
+        for i in tl.static_range(K):
+            row = row + (params[B][0] * c[i][0],)
+        if HAS_X & HAS:
+            row = row + (params[A][0],)
+        if HAS_HISTORY & HAS:
+            row = row + (params[H][0],)
+        if HAS_NOISE & HAS:
+            row = row + (params[S][0],)
+        rows = rows + (row,)
+    if PREDICTED & EMIT:
+        row = ()
+        for i in tl.static_range(K):
+            row = row + (params[Q][0] * c[i][0],)
+        if HAS_X & HAS:
+            row = row + (params[P][0],)
+        rows = rows + (row,)
+    if STATED & EMIT:  # APG: c - u + momentum state
+        row = (1.0, -1.0)
+        if K == 3:
+            row = row + (params[MOMENTUM][0],)
+        rows = rows + (row,)
+    return rows
