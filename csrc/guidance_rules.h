@@ -207,18 +207,23 @@ PYDIFFUSE_HD void slerp(const Sample<T>& s, T* c) {
 }
 
 // Guidance rescale (arXiv 2305.08891): g <- phi std(p_0)/std(g) g + (1 - phi) g. Nothing changes
-// where g is constant. A variance below 1e-13 of its second moment is rounding, hence zero.
+// where g is constant. A variance below 1e-13 of what it is the difference of is rounding, hence 0.
 template <class T>
 PYDIFFUSE_HD void rescale(const Sample<T>& s, T* c) {
   T gg(0.0), mean(0.0);
+  double size = 0;  // of the summands of gg, which may cancel
   for (int i = 0; i < s.k; ++i) {
     mean = mean + c[i] * s.sum(i);
-    for (int j = 0; j < s.k; ++j) gg = gg + c[i] * c[j] * s.g(i, j);
+    for (int j = 0; j < s.k; ++j) {
+      const T term = c[i] * c[j] * s.g(i, j);
+      gg = gg + term;
+      size += std::fabs(value(term));
+    }
   }
   const T n(s.n > 0 ? s.n : 1);
   const T var_g = gg - mean * mean / n;
   const T var_c = s.g(0, 0) - s.sum(0) * s.sum(0) / n;
-  if (value(var_g) <= 1e-13 * value(gg)) return;
+  if (value(var_g) <= 1e-13 * size) return;
   const T ratio = value(var_c) <= 1e-13 * value(s.g(0, 0)) ? T(0.0) : root(var_c / var_g);
   const T factor = T(1.0) + s.parameter(param::phi) * (ratio - T(1.0));
   for (int i = 0; i < s.k; ++i) c[i] = factor * c[i];

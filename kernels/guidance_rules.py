@@ -166,13 +166,17 @@ def slerp(G, t):
 
 @inner
 def rescale(c, G, phi, n, K: tl.constexpr):
-    # Unchanged where g is constant. A variance below 1e-13 of its second moment is rounding, hence 0.
+    # Unchanged where g is constant. A variance below 1e-13 of what it is the difference of is rounding,
+    # hence 0; the summands of <g, g> may cancel.
     gg = (0.0, 0.0)
+    size = 0.0
     mean = (0.0, 0.0)
     for i in tl.static_range(K):
         off = (0.0, 0.0)
         for j in tl.static_range(i + 1, K):
             off = add(off, mul(c[j], entry(G, at(i, j, K))))
+            size += 2 * tl.abs(c[i][0] * c[j][0] * entry(G, at(i, j, K))[0])
+        size += tl.abs(c[i][0] * c[i][0] * entry(G, at(i, i, K))[0])
         inner = add(mul(c[i], entry(G, at(i, i, K))), add(off, off))
         gg = add(gg, mul(c[i], inner))
         mean = add(mean, mul(c[i], entry(G, at(K, K, K) + i)))
@@ -180,7 +184,7 @@ def rescale(c, G, phi, n, K: tl.constexpr):
     var_g = sub(gg, mul(mul(mean, mean), (each, 0.0)))
     cc, sum_c = entry(G, 0), entry(G, at(K, K, K))
     var_c = sub(cc, mul(mul(sum_c, sum_c), (each, 0.0)))
-    flat = var_g[0] <= 1e-13 * gg[0]
+    flat = var_g[0] <= 1e-13 * size
     none = var_c[0] <= 1e-13 * cc[0]
     ratio = div(pick(none, (0.0, 0.0), var_c), pick(flat, (1.0, 0.0), var_g))
     factor = add((1.0, 0.0), mul(phi, sub(root(ratio), (1.0, 0.0))))

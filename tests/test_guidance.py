@@ -235,6 +235,17 @@ def test_rescale_of_one_element(backend):
 
 
 @by_backend
+def test_rescale_of_what_cancels(backend):
+    """Constant predictions: g is constant too, though the summands of its variance are large."""
+    c, u = (torch.full((2, 4), value, device=DEVICE) for value in (1.0, 3.0))
+    cut = torch.tensor([0.0, 2.0], device=DEVICE)
+    options = {"eta": 0.2, "norm_threshold": cut, "original": True}
+    with pydiffuse.use_backend(backend):
+        plain = pydiffuse.apg(c, u, 3.0, **options)
+        torch.testing.assert_close(pydiffuse.apg(c, u, 3.0, rescale=0.7, **options), plain)
+
+
+@by_backend
 def test_superpose_and_keeps_densities_alike(backend):
     """The property AND is defined by: every log-density moves by the same amount."""
     preds = [torch.randn(4, 300, device=DEVICE) for _ in range(3)]
