@@ -92,8 +92,6 @@ class Case:
     reads: int
     """How often a tensor of N elements is read from memory, both passes counted."""
     writes: int = 1
-    smooth: bool = True
-    """Has gradients that a float64 reference can be compared with."""
 
     @property
     def id(self) -> str:

@@ -28,7 +28,6 @@ def test_every_declared_backend_has_its_room(op):
     )
     reference = getattr(importlib.import_module(f"pydiffuse.reference.{op.stem}"), op.name)
     mine, its = (inspect.signature(f).parameters for f in (getattr(pydiffuse, op.name), reference))
-    assert [(p.name, p.kind) for p in its.values()][: len(its) - ("original" not in its)] or mine
     ignored = {"original", "rescale"} if op.name == "guide" else set()
     assert [p for p in mine if p not in ignored] == [p for p in its if p not in ignored]
     assert getattr(pydiffuse, op.name).__doc__ and reference.__doc__
@@ -40,6 +39,7 @@ def test_every_declared_backend_has_its_room(op):
     }
     for backend in op.backends:
         assert (ROOT / rooms[backend]).exists(), f"{op.name} declares {backend}"
+    assert callable(importlib.import_module(f"pydiffuse.kernels.{op.stem}").compile_cases)
     for kernel in op.kernels:
         registered = torch._C._dispatch_has_kernel_for_dispatch_key
         assert registered(f"pydiffuse::{kernel}", "CPU")

@@ -19,7 +19,7 @@ from torch import Tensor
 from pydiffuse import guidance
 
 
-def _unguided(guider: Any, cond: Tensor, uncond: Tensor | None) -> GuiderOutput:
+def _unguided(cond: Tensor, uncond: Tensor | None) -> GuiderOutput:
     """Outside the guider's range of steps: the conditional prediction alone.
 
     Its rescale to its own spread changes nothing.
@@ -36,7 +36,7 @@ class ClassifierFreeGuidance(theirs.ClassifierFreeGuidance):
 
     def forward(self, pred_cond: Tensor, pred_uncond: Tensor | None = None) -> GuiderOutput:
         if pred_uncond is None or not self._is_cfg_enabled():
-            return _unguided(self, pred_cond, pred_uncond)
+            return _unguided(pred_cond, pred_uncond)
         pred = guidance.cfg(pred_cond, pred_uncond, self.guidance_scale, **_common(self))
         return GuiderOutput(pred=pred, pred_cond=pred_cond, pred_uncond=pred_uncond)
 
@@ -50,7 +50,7 @@ class TangentialClassifierFreeGuidance(theirs.TangentialClassifierFreeGuidance):
 
     def forward(self, pred_cond: Tensor, pred_uncond: Tensor | None = None) -> GuiderOutput:
         if pred_uncond is None or not self._is_tcfg_enabled():
-            return _unguided(self, pred_cond, pred_uncond)
+            return _unguided(pred_cond, pred_uncond)
         pred = guidance.tcfg(pred_cond, pred_uncond, self.guidance_scale, **_common(self))
         return GuiderOutput(pred=pred, pred_cond=pred_cond, pred_uncond=pred_uncond)
 
@@ -62,7 +62,7 @@ class ClassifierFreeZeroStarGuidance(theirs.ClassifierFreeZeroStarGuidance):
         if self._enabled and self._step < self.zero_init_steps:
             pred = torch.zeros_like(pred_cond)
         elif pred_uncond is None or not self._is_cfg_enabled():
-            return _unguided(self, pred_cond, pred_uncond)
+            return _unguided(pred_cond, pred_uncond)
         else:
             pred = guidance.cfg_zero(pred_cond, pred_uncond, self.guidance_scale, **_common(self))
         return GuiderOutput(pred=pred, pred_cond=pred_cond, pred_uncond=pred_uncond)
@@ -73,7 +73,7 @@ class MagnitudeAwareGuidance(theirs.MagnitudeAwareGuidance):
 
     def forward(self, pred_cond: Tensor, pred_uncond: Tensor | None = None) -> GuiderOutput:
         if pred_uncond is None or not self._is_mambo_g_enabled():
-            return _unguided(self, pred_cond, pred_uncond)
+            return _unguided(pred_cond, pred_uncond)
         pred = guidance.magnitude_aware(
             pred_cond, pred_uncond, self.guidance_scale, alpha=self.alpha, **_common(self)
         )
@@ -85,7 +85,7 @@ class AdaptiveProjectedGuidance(theirs.AdaptiveProjectedGuidance):
 
     def forward(self, pred_cond: Tensor, pred_uncond: Tensor | None = None) -> GuiderOutput:
         if pred_uncond is None or not self._is_apg_enabled():
-            return _unguided(self, pred_cond, pred_uncond)
+            return _unguided(pred_cond, pred_uncond)
         if self.adaptive_projected_guidance_norm_dim is not None:
             raise ValueError(
                 f"AdaptiveProjectedGuidance: adaptive_projected_guidance_norm_dim is"
