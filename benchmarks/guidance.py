@@ -15,7 +15,7 @@ import pydiffuse
 from benchmarks.measure import Contender, copy_seconds, race, sets_for
 from benchmarks.row import Bar, Row
 from pydiffuse.reference import guidance as reference
-from tests.table import CASES, Maker
+from tests.cases.guidance import CASES, Maker
 
 LARGE, SMALL, TINY = (1, 16, 21, 60, 104), (4, 4, 64, 64), (1, 4, 8, 8)
 # Every op once on the large latent: the case that stands for it.

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import pydiffuse
-from tests.table import CASES, Maker
+from tests.cases.guidance import CASES, Maker
 
 SHAPE = (4, 4, 64, 64)
 

@@ -5,7 +5,7 @@
 // guided prediction is sum_i c_i p_i. A sampler's update adds its own terms to the same sum.
 #pragma once
 
-#include <cstdint>
+#include "tensor.h"
 
 namespace pydiffuse {
 
@@ -43,14 +43,6 @@ enum Has : int { HAS_X = 1, HAS_HISTORY = 2, HAS_NOISE = 4 };
 enum Emit : int { EMIT_UPDATE = 1, EMIT_PREDICT = 2, EMIT_STATE = 4 };
 
 constexpr int bits(int set) { return (set & 1) + (set >> 1 & 1) + (set >> 2 & 1); }
-
-enum class DType : int { f32, bf16, f16 };
-
-struct Rows {  // one tensor, seen as [batch, n]: each sample's n elements lie together
-  void* data = nullptr;
-  int64_t stride = 0;  // elements from one sample to the next
-  DType dtype = DType::f32;
-};
 
 // Entries of the upper triangle of G, row by row, then the k sums.
 constexpr int triangle(int k) { return k * (k + 1) / 2; }

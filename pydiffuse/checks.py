@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pydiffuse import _ops
-from pydiffuse.autograd.guidance import new_like, samples_together
+from pydiffuse.layouts import new_like, samples_together
 from pydiffuse.rules import MAX_PREDS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

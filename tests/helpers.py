@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
 import pydiffuse
-from tests.table import Case, Maker
+from tests.cases.guidance import Maker
+from tests.table import Case
 
 GPU = os.environ.get("PYDIFFUSE_TEST_GPU") == "1"
 DEVICE = "cuda" if GPU else "cpu"

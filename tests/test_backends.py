@@ -14,7 +14,7 @@ import torch
 
 import pydiffuse
 from pydiffuse import _ops
-from tests.table import CASES
+from tests.cases import CASES
 
 ROOT = Path(__file__).parent.parent
 PUBLIC = pydiffuse.OPS

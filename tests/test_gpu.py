@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import pydiffuse
+from tests.cases.guidance import CASES
 from tests.helpers import arguments, leaves, run
-from tests.table import CASES
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU")
 BACKENDS = ["cuda", "triton"]

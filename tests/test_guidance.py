@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import pydiffuse
+from tests.cases.guidance import CASES, SHAPES, TOLERANCE
 from tests.helpers import (
     BACKENDS,
     DEVICE,
@@ -16,7 +17,6 @@ from tests.helpers import (
     run,
     values_and_gradients,
 )
-from tests.table import CASES, SHAPES, TOLERANCE
 
 DTYPES = list(TOLERANCE)
 by_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)

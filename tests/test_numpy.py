@@ -9,8 +9,8 @@ import torch
 
 import pydiffuse
 import pydiffuse.numpy as pn
+from tests.cases.guidance import CASES, SHAPES, Maker
 from tests.helpers import leaves
-from tests.table import CASES, SHAPES, Maker
 
 DOOR = [c for c in CASES if hasattr(pn, c.op) and c.name != "many"]
 

@@ -9,8 +9,8 @@ from torch.utils._pytree import tree_map
 
 import pydiffuse
 from pydiffuse import _ops
+from tests.cases.guidance import CASES, Maker
 from tests.helpers import DEVICE, GPU, arguments, leaves, relative_error, run, values_and_gradients
-from tests.table import CASES, Maker
 
 BACKEND = "cuda" if GPU else "cpu"
 SHAPE = (3, 4, 5, 7)

@@ -13,7 +13,7 @@
 #include <immintrin.h>
 #endif
 
-#include "../guidance.h"
+#include "../tensor.h"
 
 namespace pydiffuse {
 namespace {

@@ -11,7 +11,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include "../guidance.h"
+#include "../tensor.h"
 
 namespace pydiffuse {
 namespace {

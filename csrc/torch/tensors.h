@@ -8,7 +8,7 @@
 #include <optional>
 #include <vector>
 
-#include "../guidance.h"
+#include "../tensor.h"
 
 namespace pydiffuse {
 

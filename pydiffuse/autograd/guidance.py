@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from pydiffuse._ops import ops_for
+from pydiffuse.autograd.functions import Batched, derive
+from pydiffuse.layouts import all_ordered, new_like, ordered, samples_together
 from pydiffuse.rules import COMMON, RULES, UPDATE
 
 A, B, H, S, P, Q = range(len(UPDATE))
@@ -31,55 +32,6 @@ class Call(NamedTuple):
     rescaled: bool
     columns: tuple[int, ...]  # parameters that vary over the batch, as the columns of `varied`
     emit: int
-
-
-def needs_function(*tensors: Tensor | None) -> bool:
-    """Whether a call must go through autograd: a gradient is due or a functorch transform is on."""
-    if torch.is_grad_enabled():
-        for t in tensors:
-            if t is not None and t.requires_grad:
-                return True
-    return torch._C._are_functorch_transforms_active()
-
-
-def samples_together(t: Tensor, written: bool = True) -> bool:
-    """Each sample's elements fill one stretch of memory, in whatever order of dimensions; and, for
-    a tensor that is written, no two samples share one."""
-    if t.is_contiguous():
-        return True
-    span = 1 + sum((size - 1) * stride for size, stride in zip(t.shape[1:], t.stride()[1:], strict=True))
-    per_sample = t[0].numel() if len(t) else 0
-    return span == per_sample and (len(t) == 1 or not written or t.stride(0) >= per_sample)
-
-
-def new_like(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """An output with t's order of dimensions if its samples fill memory, contiguous if not."""
-    if t.is_contiguous():
-        return torch.empty_like(t, dtype=dtype)
-    if not samples_together(t):
-        return torch.empty_like(t, dtype=dtype, memory_format=torch.contiguous_format)
-    per_sample = t[0].numel() if len(t) else 0
-    return torch.empty_strided(
-        t.shape, (per_sample, *t.stride()[1:]), dtype=dtype or t.dtype, device=t.device
-    )
-
-
-def all_ordered(tensors: tuple[Tensor, ...], like: Tensor) -> bool:
-    stride = like.stride()
-    for t in tensors:
-        if t.stride() != stride:
-            return False
-    return True
-
-
-def ordered(t: Tensor, like: Tensor) -> Tensor:
-    """t itself if its samples lie in memory in the order of `like`'s, else a copy that does."""
-    if t.stride() == like.stride():
-        return t
-    pairs = zip(t.shape[1:], t.stride()[1:], like.stride()[1:], strict=True)
-    if all(size == 1 or own == other for size, own, other in pairs):
-        return t
-    return new_like(like, t.dtype).copy_(t)
 
 
 def run_guide(
@@ -114,45 +66,6 @@ def outputs(call: Call, preds: tuple[Tensor, ...], x: Tensor | None) -> list[Ten
     if call.emit & EMIT_STATE:
         out.append(new_like(like, preds[0].dtype))
     return out
-
-
-# vmap: one more batch dimension is more samples.
-
-
-def _fold(info: Any, dims: tuple[Any, ...], tensors: tuple[Any, ...]) -> list[Any]:
-    folded = []
-    for dim, t in zip(dims, tensors, strict=True):
-        if not isinstance(t, Tensor):
-            folded.append(t)
-            continue
-        t = t.expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
-        folded.append(t.flatten(0, 1))
-    return folded
-
-
-def _unfold(info: Any, out: Any) -> Any:
-    def unfold(t: Tensor | None) -> Tensor | None:
-        return None if t is None else t.unflatten(0, (info.batch_size, -1))
-
-    if isinstance(out, tuple):
-        return tuple(map(unfold, out)), tuple(None if t is None else 0 for t in out)
-    return unfold(out), 0
-
-
-class Batched(Function):
-    """A Function whose tensors are all [B, ...]: vmap adds samples."""
-
-    @classmethod
-    def vmap(cls, info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-        return _unfold(info, cls.apply(*_fold(info, in_dims, args)))
-
-
-def derive(function: type[Function], *args: Any) -> Any:
-    """A Function inside a backward. Compiled graphs have no second derivative, and Dynamo (torch 2.13)
-    loses the arguments of a nested apply: there its forward is the whole of it."""
-    if torch.compiler.is_compiling():
-        return function.forward(*args)
-    return function.apply(*args)
 
 
 class Guide(Batched):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pydiffuse import _ops
+from pydiffuse.autograd.functions import needs_function
 from pydiffuse.autograd.guidance import (
     EMIT_PREDICT,
     EMIT_STATE,
@@ -17,7 +18,6 @@ from pydiffuse.autograd.guidance import (
     Call,
     Guide,
     Mix,
-    needs_function,
     outputs,
     run_guide,
 )

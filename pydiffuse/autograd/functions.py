@@ -1,0 +1,57 @@
+"""What the autograd functions of every family share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+
+def needs_function(*tensors: Tensor | None) -> bool:
+    """Whether a call must go through autograd: a gradient is due or a functorch transform is on."""
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return torch._C._are_functorch_transforms_active()
+
+
+# vmap: one more batch dimension is more samples.
+
+
+def _fold(info: Any, dims: tuple[Any, ...], tensors: tuple[Any, ...]) -> list[Any]:
+    folded = []
+    for dim, t in zip(dims, tensors, strict=True):
+        if not isinstance(t, Tensor):
+            folded.append(t)
+            continue
+        t = t.expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
+        folded.append(t.flatten(0, 1))
+    return folded
+
+
+def _unfold(info: Any, out: Any) -> Any:
+    def unfold(t: Tensor | None) -> Tensor | None:
+        return None if t is None else t.unflatten(0, (info.batch_size, -1))
+
+    if isinstance(out, tuple):
+        return tuple(map(unfold, out)), tuple(None if t is None else 0 for t in out)
+    return unfold(out), 0
+
+
+class Batched(Function):
+    """A Function whose tensors are all [B, ...]: vmap adds samples."""
+
+    @classmethod
+    def vmap(cls, info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+        return _unfold(info, cls.apply(*_fold(info, in_dims, args)))
+
+
+def derive(function: type[Function], *args: Any) -> Any:
+    """A Function inside a backward. Compiled graphs have no second derivative, and Dynamo (torch 2.13)
+    loses the arguments of a nested apply: there its forward is the whole of it."""
+    if torch.compiler.is_compiling():
+        return function.forward(*args)
+    return function.apply(*args)

@@ -1,0 +1,5 @@
+"""Every op's cases."""
+
+from tests.cases import guidance
+
+CASES = [*guidance.CASES]
