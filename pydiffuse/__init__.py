@@ -6,6 +6,7 @@ tokens. `backends()` says what runs where.
 
 from pydiffuse import _ops, paths
 from pydiffuse._ops import backends, use_backend
+from pydiffuse.conv import causal_conv1d
 from pydiffuse.guidance import (
     apg,
     cfg,
@@ -22,6 +23,7 @@ from pydiffuse.guidance import (
     tcfg,
 )
 from pydiffuse.paths import ScanPath
+from pydiffuse.scan import selective_scan, selective_state_update, zigzag_mamba_inner
 from pydiffuse.version import __version__
 
 OPS = _ops.PUBLIC
@@ -32,6 +34,7 @@ __all__ = [
     "__version__",
     "apg",
     "backends",
+    "causal_conv1d",
     "cfg",
     "cfg_zero",
     "combine",
@@ -42,8 +45,11 @@ __all__ = [
     "paths",
     "perp_neg",
     "rescale",
+    "selective_scan",
+    "selective_state_update",
     "slerp",
     "superpose",
     "tcfg",
     "use_backend",
+    "zigzag_mamba_inner",
 ]

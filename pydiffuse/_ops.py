@@ -19,6 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_SCAN = (
+    "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias,"
+    " Tensor? initial, Tensor? order, Tensor? offsets, bool softplus"
+)
+_CONV = "Tensor x, Tensor weight, Tensor? bias, Tensor? order, Tensor? offsets, bool silu"
 SCHEMAS = {
     "guide": "(Tensor(a!)[] out, Tensor[] preds, Tensor? x, Tensor? history, Tensor? noise, int rule,"
     " float[] params, bool rescaled, Tensor? varied, int[] columns, int emit) -> ()",
@@ -26,10 +31,22 @@ SCHEMAS = {
     " int rule, float[] params, bool rescaled, Tensor? varied, int[] columns) -> ()",
     "mix": "(Tensor(a!)[] out, Tensor[] terms, Tensor matrix, Tensor? shift) -> ()",
     "gram": "(Tensor(a!) out, Tensor(b!)? sums, Tensor[] preds) -> ()",
+    "selective_scan": f"(Tensor(a!) out, Tensor(b!)? last, Tensor(c!)? chunks, {_SCAN}) -> ()",
+    "selective_scan_backward": "(Tensor(a!) du, Tensor(b!) ddelta, Tensor(c!) dA, Tensor(d!) dB, Tensor(e!) dC,"
+    " Tensor(f!)? dD, Tensor(g!)? dz, Tensor(h!)? ddelta_bias, Tensor(i!)? dinitial,"
+    f" Tensor dout, Tensor? dlast, Tensor chunks, {_SCAN}) -> ()",
+    "selective_state_update": "(Tensor(a!) out, Tensor(b!) state, Tensor x, Tensor dt, Tensor A, Tensor B,"
+    " Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, bool softplus) -> ()",
+    "causal_conv1d": f"(Tensor(a!) out, {_CONV}) -> ()",
+    "causal_conv1d_backward": "(Tensor(a!) dx, Tensor(b!) dweight, Tensor(c!)? dbias, Tensor dout,"
+    f" {_CONV}) -> ()",
 }
 """Op name -> schema, for both namespaces. The stems that hold them are in `STEMS`."""
 
-STEMS = {name: "guidance" for name in SCHEMAS}
+STEMS = {
+    name: "scan" if name.startswith("selective") else "conv" if "conv" in name else "guidance"
+    for name in SCHEMAS
+}
 BACKENDS = ("reference", "cpu", "cuda", "triton")
 
 
@@ -46,6 +63,8 @@ class Op:
 
 _RULE = ("guide", "guide_backward")
 _LINEAR = ("gram", "mix")
+_SCANS = ("selective_scan", "selective_scan_backward")
+_CONVS = ("causal_conv1d", "causal_conv1d_backward")
 PUBLIC = {
     op.name: op
     for op in (
@@ -59,6 +78,10 @@ PUBLIC = {
         Op("superpose", "guidance", _LINEAR),
         Op("gram", "guidance", _LINEAR),
         Op("combine", "guidance", _LINEAR),
+        Op("selective_scan", "scan", _SCANS),
+        Op("selective_state_update", "scan", ("selective_state_update",)),
+        Op("zigzag_mamba_inner", "scan", _SCANS),
+        Op("causal_conv1d", "conv", _CONVS),
     )
 }
 """Every public op: where it lives, which kernels it calls, which backends it declares."""

@@ -141,3 +141,44 @@ def writable(out: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     for o, target in zip(out, targets, strict=True):
         if o is not target:
             o.copy_(target)
+
+
+def check_flag(op: str, argument: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{op}: {argument} is {value!r}; accepted: True or False")
+
+
+def check_shape(
+    op: str,
+    argument: str,
+    t: object,
+    sizes: Sequence[int | None],
+    names: str,
+    *,
+    like: Tensor | None = None,
+    dtypes: Sequence[torch.dtype] = DTYPES,
+) -> None:
+    """A tensor of the sizes (None: any) that `names` spells out, of one of `dtypes`, on like's device.
+
+    Inside `use_backend("reference")` float64 passes, too.
+    """
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{op}: {argument} is {describe(t)}; accepted: a tensor {names}")
+    fits = t.dim() == len(sizes) and all(
+        want is None or have == want for have, want in zip(t.shape, sizes, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join("any" if s is None else str(s) for s in sizes)
+        raise ValueError(f"{op}: {argument} is {describe(t)}; accepted: {names}, here ({wanted})")
+    if t.dtype not in dtypes and not (
+        _ops.forced_reference() and (t.dtype is torch.float64 or t.is_complex())
+    ):
+        accepted = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+        more = (
+            '; float64 runs inside `with pydiffuse.use_backend("reference")`'
+            if t.dtype is torch.float64
+            else ""
+        )
+        raise TypeError(f"{op}: {argument} is {describe(t)}; accepted: {accepted}{more}")
+    if like is not None and t.device != like.device:
+        raise ValueError(f"{op}: {argument} is on {t.device}; the input is on {like.device}")
