@@ -9,6 +9,7 @@
 #include <optional>
 
 #include "../cpu/guidance_call.h"
+#include "../cpu/scan_call.h"
 #include "threads.h"
 
 namespace py = pybind11;
@@ -120,6 +121,19 @@ std::pair<py::array_t<double>, py::array_t<double>> gram_arrays(const Arrays& pr
   return {matrix, sums};
 }
 
+// What selective_scan's floor is counted in: its exponentials and multiply-adds, in cache.
+void scan_floor(int states, int64_t channel_tokens) {
+  const auto& kernels = scan_kernels();
+  const int64_t steps = channel_tokens / kernels.width, pieces = threads().threads();
+  py::gil_scoped_release release;
+  threads()(pieces, 1, [&](int64_t begin, int64_t end) {
+    const Floats scratch(4096);
+    std::fill(scratch.data(), scratch.data() + 4096, -0.01f);
+    for (int64_t i = begin; i < end; ++i)
+      kernels.floor(states, (i + 1) * steps / pieces - i * steps / pieces, scratch.data());
+  });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_host, m) {
@@ -127,6 +141,8 @@ PYBIND11_MODULE(_host, m) {
   m.def("guide", &guide_arrays);
   m.def("mix", &mix_arrays);
   m.def("gram", &gram_arrays);
+  m.def("scan_floor", &scan_floor,
+        "states exponentials and 2 states multiply-adds for each of channel_tokens, in cache.");
   m.def("capability", &capability_name, "The instruction set in use: default, avx2 or avx512.");
   m.def("threads", [] { return threads().threads(); }, "How many threads share a call.");
   m.def("set_threads", [](int n) {

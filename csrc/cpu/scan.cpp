@@ -1,0 +1,208 @@
+// The selective scan, compiled once per instruction set.
+//
+// Lanes are channels, WIDTH of them; WIDTH states at a time are registers, so a step is WIDTH exponentials and
+// three times as many multiply-adds with no memory but B and C, which are broadcast. An item walks its steps
+// tile by tile, and within a tile its vectors of channels one by one, so that a token's channels are read
+// as one stretch of memory. A path is nothing but the address of a step's row.
+#include "scan.h"
+
+#include "scan_tile.h"
+
+namespace pydiffuse {
+namespace {
+
+constexpr int TILE = 32;
+static_assert(SCAN_CHUNK % TILE == 0);
+constexpr int SUBS = SCAN_BLOCK / WIDTH;
+
+struct Scratch {
+  float *dt, *du, *u, *z, *y;  // tiles [TILE][WIDTH]
+  float *h[SUBS];              // [rows][WIDTH]
+  Parameters parameters[SUBS];
+  float *su, *sdelta, *sz, *sout;  // staged tensors [length][WIDTH]
+
+  static int64_t size(const ScanArgs& s) {
+    return 5 * TILE * WIDTH + SUBS * 4 * s.rows * WIDTH + 4 * s.call.length * WIDTH;
+  }
+  Scratch(const ScanArgs& s, float* p) {
+    const auto take = [&p](int64_t n) { return (p += n) - n; };
+    for (float** tile : {&dt, &du, &u, &z, &y}) *tile = take(TILE * WIDTH);
+    for (int i = 0; i < SUBS; ++i) {
+      h[i] = take(s.rows * WIDTH);
+      for (float** each : {&parameters[i].A2, &parameters[i].B, &parameters[i].C})
+        *each = take(s.rows * WIDTH);
+    }
+    for (float** stage : {&su, &sdelta, &sz, &sout}) *stage = take(s.call.length * WIDTH);
+  }
+};
+
+// The rows of the tensors for one vector of channels and one path.
+struct Tensors {
+  LaneRows u, delta, z, out;
+};
+
+// One tile of one vector of channels.
+void scan_tile(const ScanArgs& s, const Tile<TILE>& tile, const Tensors& rows, const Parameters& p,
+               int64_t b, int64_t k, int64_t channel, int lanes, bool add, float* h, Scratch& m) {
+  const ScanCall& call = s.call;
+  const int64_t states = int64_t(s.rows) * WIDTH;
+  read_rows(rows.delta, tile, m.dt);
+  read_rows(rows.u, tile, m.u);
+  if (rows.z) read_rows(rows.z, tile, m.z);
+  for (int l = 0; l < tile.steps; ++l) {
+    vfloat t = load<vfloat>(m.dt + l * WIDTH) + p.bias;
+    if (call.softplus) t = vsoftplus(t);
+    store(m.dt + l * WIDTH, t);
+    store(m.du + l * WIDTH, t * load<vfloat>(m.u + l * WIDTH));
+  }
+  if (call.chunks && tile.first % SCAN_CHUNK == 0) {
+    float* saved = chunk_state(call, b, k, tile.first / SCAN_CHUNK, channel);
+    for (int n = 0; n < call.states; ++n)
+      if (lanes == WIDTH)
+        store(saved + n * WIDTH, load<vfloat>(h + n * WIDTH));
+      else
+        std::copy(h + n * WIDTH, h + n * WIDTH + lanes, saved + n * lanes);
+  }
+  for (int r = 0; r < tile.runs; ++r) {
+    const Run& run = tile.run[r];
+    const int64_t state = state_index(call, b, run.sequence, k, channel);
+    if (run.starts) {
+      if (call.initial)
+        rows_to_lanes(call.initial + state, lanes, call.states, s.rows, 1.0f, h);
+      else
+        std::fill(h, h + states, 0.0f);
+    }
+    with_states(s, [&](auto nb, auto const_b, auto const_c) {
+      constexpr int NB = nb;
+      for (int n = 0; n < s.rows; n += NB)
+        scan_run<NB, const_b, const_c, false>(tile, run, n, p, m.dt, m.du, h + n * WIDTH, m.y,
+                                              n == 0, nullptr);
+    });
+    if (run.ends && call.last) lanes_to_rows(h, lanes, call.states, call.last + state);
+  }
+  write_rows(rows.out, tile, add, [&](int l) {
+    vfloat y = load<vfloat>(m.y + l * WIDTH) + p.D * load<vfloat>(m.u + l * WIDTH);
+    if (rows.z) {
+      const vfloat z = load<vfloat>(m.z + l * WIDTH);
+      y *= z * vsigmoid(z);
+    }
+    return y;
+  });
+}
+
+// All steps of path k for the vectors [first, last) of a block.
+void scan_path(const ScanArgs& s, const Block& block, int64_t b, int64_t k, int first, int last,
+               const Tensors* rows, Scratch& m) {
+  Tile<TILE> tile;
+  int64_t sequence = 0;
+  for (int64_t step = 0; step < s.call.length; step += TILE) {
+    tile.set(s.call, k, step, TILE, sequence);
+    tile.set_weights(s, b, k, block.group);
+    for (int i = first; i < last; ++i)
+      scan_tile(s, tile, rows[i], m.parameters[i], b, k, block.channel + i * WIDTH, block.lanes(i),
+                k > 0, m.h[i], m);
+  }
+}
+
+void finish_empty(const ScanArgs& s, const Block& block, int64_t b) {
+  const ScanCall& call = s.call;
+  if (!call.last) return;
+  for (int64_t q = 0; q < call.sequences; ++q) {
+    const int64_t steps = call.offsets ? call.offsets[q + 1] - call.offsets[q] : call.length;
+    for (int64_t k = 0; steps == 0 && k < call.paths; ++k) {
+      const int64_t at = state_index(call, b, q, k, block.channel);
+      const int64_t n = int64_t(block.channels) * call.states;
+      if (call.initial && call.initial != call.last)
+        std::copy(call.initial + at, call.initial + at + n, call.last + at);
+      else if (!call.initial)
+        std::fill(call.last + at, call.last + at + n, 0.0f);
+    }
+  }
+}
+
+// Items: [groups, blocks, batch], so that a thread keeps its parameters from sample to sample.
+void forward(const ScanArgs& s, int64_t begin, int64_t end, float* scratch) {
+  const ScanCall& call = s.call;
+  Scratch m(s, scratch);
+  const bool stage = needs_stage(call.u) || needs_stage(call.delta) || needs_stage(call.z) ||
+                     needs_stage(call.out);
+  int64_t loaded = -1;
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t b = item % call.batch;
+    const Block block(s, item / call.batch);
+    finish_empty(s, block, b);
+    Tensors rows[SUBS];
+    // Staged, a vector of channels goes all the way by itself; else the block's go side by side.
+    for (int first = 0; first < block.subs; first = stage ? first + 1 : block.subs) {
+      const int last = stage ? first + 1 : block.subs;
+      for (int64_t k = 0; k < call.paths; ++k) {
+        for (int i = first; i < last; ++i) {
+          const int64_t channel = block.channel + i * WIDTH;
+          const int lanes = block.lanes(i);
+          if (call.paths > 1 || loaded != item / call.batch || stage)
+            m.parameters[i].load_from(s, k, channel, lanes);
+          const auto rows_of = [&](const Tokens& t, int64_t path, float* to, bool read) {
+            return needs_stage(t) ? staged(t, b, path, channel, lanes, call.length, to, read)
+                                  : in_place(t, b, path, channel, lanes);
+          };
+          if (k == 0) {
+            rows[i].u = rows_of(call.u, 0, m.su, true);
+            rows[i].z = rows_of(call.z, 0, m.sz, true);
+            rows[i].out = rows_of(call.out, 0, m.sout, false);
+          }
+          rows[i].delta = rows_of(call.delta, k, m.sdelta, true);
+        }
+        scan_path(s, block, b, k, first, last, rows, m);
+      }
+      if (needs_stage(call.out))
+        unstage(m.sout, call.out, b, 0, block.channel + first * WIDTH, block.lanes(first),
+                call.length);
+    }
+    loaded = item / call.batch;
+  }
+}
+
+int64_t forward_scratch(const ScanArgs& s) { return Scratch::size(s); }
+
+void pack(const PackArgs& a, int64_t begin, int64_t end) {
+  const Weights& w = a.from;
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t g = item % a.groups, k = item / a.groups % a.paths, b = item / a.groups / a.paths;
+    float* to = a.to + item * a.length * a.rows;
+    with_element(w.dtype, [&](auto element) {
+      using E = decltype(element);
+      const auto* from =
+          static_cast<const typename E::Bits*>(w.data) + b * w.batch + k * w.path + g * w.group;
+      for (int64_t l = 0; l < a.length; ++l)
+        for (int n = 0; n < a.rows; ++n)
+          to[l * a.rows + n] = n < a.states ? E::read_one(from + l * w.token + n * w.state) : 0.0f;
+    });
+  }
+}
+
+void floor(int states, int64_t steps, float* scratch) {
+  vfloat h[WIDTH];
+  for (int n = 0; n < WIDTH; ++n) h[n] = load<vfloat>(scratch + n * WIDTH);
+  for (int64_t l = 0; l < steps; ++l) {
+    const vfloat t = load<vfloat>(scratch + (l % TILE) * WIDTH);
+    for (int first = 0; first < states; first += WIDTH) {
+#pragma GCC unroll 16
+      for (int n = 0; n < WIDTH; ++n) {
+        const vfloat a = vexp2(t * load<vfloat>(scratch + n * WIDTH));
+        h[n] = a * h[n] + t;
+        h[n] = a * h[n] + t;
+      }
+    }
+  }
+  for (int n = 0; n < WIDTH; ++n) store(scratch + n * WIDTH, h[n]);
+}
+
+}  // namespace
+}  // namespace pydiffuse
+
+#define PYDIFFUSE_JOIN_(a, b) a##b
+#define PYDIFFUSE_JOIN(a, b) PYDIFFUSE_JOIN_(a, b)
+
+extern "C" __attribute__((visibility("hidden"))) const pydiffuse::ScanKernels PYDIFFUSE_JOIN(pydiffuse_scan_, PYDIFFUSE_ISA) = {
+    pydiffuse::WIDTH, pydiffuse::forward_scratch, pydiffuse::pack, pydiffuse::forward,
+    pydiffuse::floor};

@@ -1,0 +1,102 @@
+// One call to the selective scan on the CPU: B and C as rows where they are not, the items over the
+// threads, partial gradients added in a fixed order. Both doors go through here; `parallel` as in
+// guidance_call.h, here always with a grain of one item.
+#pragma once
+
+#include <algorithm>
+#include <memory>
+#include <vector>
+
+#include "capability.h"
+#include "scan.h"
+
+namespace pydiffuse {
+
+inline const ScanKernels& scan_kernels() {
+#if defined(__x86_64__)
+  if (capability() == Capability::avx512) return pydiffuse_scan_avx512;
+  if (capability() == Capability::avx2) return pydiffuse_scan_avx2;
+#endif
+  return pydiffuse_scan_default;
+}
+
+inline const ScanBackwardKernels& scan_backward_kernels() {
+#if defined(__x86_64__)
+  if (capability() == Capability::avx512) return pydiffuse_scan_backward_avx512;
+  if (capability() == Capability::avx2) return pydiffuse_scan_backward_avx2;
+#endif
+  return pydiffuse_scan_backward_default;
+}
+
+// Orders and offsets that would read out of bounds are refused before memory is touched.
+inline const char* bad_steps(const int32_t* order, int64_t count, const int32_t* offsets,
+                             int sequences, int64_t length) {
+  if (order)
+    for (int64_t i = 0; i < count; ++i)
+      if (order[i] < 0 || order[i] >= length) return "order holds tokens that do not exist";
+  if (!offsets) return nullptr;
+  bool rising = offsets[0] == 0 && offsets[sequences] == length;
+  for (int i = 0; i < sequences; ++i) rising = rising && offsets[i] <= offsets[i + 1];
+  return rising ? nullptr : "offsets must rise from 0 to the number of steps";
+}
+
+// A buffer that vectors and lines like: 64-byte aligned, not filled.
+class Floats {
+ public:
+  explicit Floats(int64_t n) : memory_(new float[n + 16]) {
+    const auto at = reinterpret_cast<uintptr_t>(memory_.get());
+    data_ = reinterpret_cast<float*>((at + 63) & ~uintptr_t(63));
+  }
+  float* data() const { return data_; }
+
+ private:
+  std::unique_ptr<float[]> memory_;
+  float* data_;
+};
+
+class Scan {
+ public:
+  template <class Parallel>
+  Scan(const ScanCall& call, const Parallel& parallel) {
+    const int width = scan_kernels().width;
+    const bool constant = call.B.constant || call.C.constant;
+    args_ = {call, 1, 0, nullptr, nullptr};
+    while (args_.rows < call.states && args_.rows < width) args_.rows *= 2;
+    if (constant || call.states > width) args_.rows = (call.states + width - 1) / width * width;
+    args_.blocks = (args_.group_channels() + SCAN_BLOCK - 1) / SCAN_BLOCK;
+    args_.B = packed(call.B, parallel);
+    args_.C = packed(call.C, parallel);
+  }
+  const ScanArgs& args() const { return args_; }
+
+ private:
+  // Rows that kernels can read where they are stay there.
+  template <class Parallel>
+  const float* packed(const Weights& w, const Parallel& parallel) {
+    const ScanCall& call = args_.call;
+    if (w.constant || (w.dtype == DType::f32 && w.state == 1 && args_.rows == call.states))
+      return nullptr;
+    const int64_t items = call.batch * call.paths * call.groups;
+    buffers_.emplace_back(items * call.length * args_.rows);
+    const PackArgs pack{w, call.paths, call.groups, call.length, call.states, args_.rows,
+                        buffers_.back().data()};
+    parallel(items, 1, [&](int64_t begin, int64_t end) { scan_kernels().pack(pack, begin, end); });
+    return pack.to;
+  }
+
+  ScanArgs args_;
+  std::vector<Floats> buffers_;
+};
+
+template <class Parallel>
+void selective_scan(const ScanCall& call, const Parallel& parallel) {
+  const Scan scan(call, parallel);
+  const ScanArgs& args = scan.args();
+  const auto& kernels = scan_kernels();
+  parallel(args.blocks * call.groups * call.batch, 1, [&](int64_t begin, int64_t end) {
+    const Floats scratch(kernels.forward_scratch(args));
+    kernels.forward(args, begin, end, scratch.data());
+  });
+}
+
+}  // namespace pydiffuse

@@ -1,0 +1,205 @@
+// Tiles of steps: what the forward and the backward of the selective scan share.
+//
+// A tile is up to TILE steps of WIDTH channels in the first-level cache: delta, delta u and y as
+// [step][lane], and where B and C of each step's token lie. The states of WIDTH channels are
+// [state][lane]; within a run of steps, WIDTH states at a time are registers.
+#pragma once
+
+#include <algorithm>
+
+#include "lanes.h"
+#include "math.h"
+#include "scan.h"
+
+namespace pydiffuse {
+namespace {
+
+// The channels of an item, WIDTH at a time.
+struct Block {
+  int64_t group, channel;  // the first one
+  int channels, subs;      // of them; vectors of WIDTH
+
+  Block(const ScanArgs& s, int64_t index) {  // index: [groups, blocks]
+    const int64_t within = index % s.blocks * SCAN_BLOCK, each = s.group_channels();
+    group = index / s.blocks;
+    channel = group * each + within;
+    channels = static_cast<int>(std::min<int64_t>(SCAN_BLOCK, each - within));
+    subs = (channels + WIDTH - 1) / WIDTH;
+  }
+  int lanes(int sub) const { return std::min(WIDTH, channels - sub * WIDTH); }
+};
+
+// Steps of one sequence within a tile.
+struct Run {
+  int begin, end;
+  int64_t sequence;
+  bool starts, ends;  // with the first (last) step of its sequence
+};
+
+template <int STEPS>
+struct Tile {
+  int64_t first;
+  int steps, runs;
+  int64_t token[STEPS], next[STEPS];  // next: of the tile to come, to be fetched ahead
+  const float *b[STEPS], *c[STEPS];   // null where B (C) is constant
+  Run run[STEPS];
+
+  // sequence: that of the tile's first step; moves on to that of the next tile's.
+  void set(const ScanCall& call, int64_t k, int64_t first_, int64_t ahead, int64_t& sequence) {
+    first = first_;
+    steps = static_cast<int>(std::min<int64_t>(STEPS, call.length - first));
+    const int32_t* order = call.order ? call.order + k * call.length : nullptr;
+    for (int l = 0; l < steps; ++l) {
+      const int64_t later = std::min(std::max<int64_t>(first + ahead + l, 0), call.length - 1);
+      token[l] = order ? order[first + l] : first + l;
+      next[l] = order ? order[later] : later;
+    }
+    runs = 0;
+    if (!call.offsets) {
+      run[runs++] = {0, steps, 0, first == 0, first + steps == call.length};
+      return;
+    }
+    for (int l = 0; l < steps;) {
+      while (call.offsets[sequence + 1] <= first + l) ++sequence;
+      const int64_t begin = call.offsets[sequence], end = call.offsets[sequence + 1];
+      const int stop = static_cast<int>(std::min<int64_t>(steps, end - first));
+      run[runs++] = {l, stop, sequence, begin == first + l, end == first + stop};
+      l = stop;
+    }
+  }
+
+  void set_weights(const ScanArgs& s, int64_t b_, int64_t k, int64_t group) {
+    const ScanCall& call = s.call;
+    auto rows = [&](const Weights& w, const float* packed, const float** row) {
+      if (w.constant) return;
+      const float* base =
+          packed ? packed + ((b_ * call.paths + k) * call.groups + group) * call.length * s.rows
+                 : static_cast<const float*>(w.data) + b_ * w.batch + k * w.path + group * w.group;
+      const int64_t stride = packed ? s.rows : w.token;
+      for (int l = 0; l < steps; ++l) row[l] = base + token[l] * stride;
+    };
+    rows(call.B, s.B, b);
+    rows(call.C, s.C, c);
+  }
+};
+
+inline void fetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+
+// dst[step] = the rows of the tile's tokens.
+template <int STEPS>
+inline void read_rows(const LaneRows& rows, const Tile<STEPS>& tile, float* dst) {
+  with_element(rows.dtype, [&](auto element) {
+    using E = decltype(element);
+    for (int l = 0; l < tile.steps; ++l) {
+      fetch(rows.at(tile.next[l]));
+      store(dst + l * WIDTH, read_lanes<E>(rows.at(tile.token[l]), rows.lanes));
+    }
+  });
+}
+
+// value(l) to the tile's tokens; `add`: to what stands there, which is then float32.
+template <int STEPS, class F>
+inline void write_rows(const LaneRows& rows, const Tile<STEPS>& tile, bool add, const F& value) {
+  with_element(rows.dtype, [&](auto element) {
+    using E = decltype(element);
+    for (int l = 0; l < tile.steps; ++l) {
+      void* p = rows.at(tile.token[l]);
+      vfloat v = value(l);
+      if (add) v += read_lanes<E>(p, rows.lanes);
+      write_lanes<E>(p, v, rows.lanes);
+    }
+  });
+}
+
+// The parameters of WIDTH channels for one path, as lanes.
+struct Parameters {
+  float *A2;       // [rows][WIDTH], times log2(e)
+  float *B, *C;    // [rows][WIDTH], constants only
+  vfloat D, bias;  // 0 where there is none
+
+  void load_from(const ScanArgs& s, int64_t k, int64_t channel, int lanes) {
+    const ScanCall& call = s.call;
+    const int64_t first = k * call.channels + channel;
+    const auto to_lanes = [&](const void* data, float scale, float* dst) {
+      rows_to_lanes(static_cast<const float*>(data) + first * call.states, lanes, call.states, s.rows,
+                    scale, dst);
+    };
+    to_lanes(call.A, LOG2E, A2);
+    if (call.B.constant) to_lanes(call.B.data, 1.0f, B);
+    if (call.C.constant) to_lanes(call.C.data, 1.0f, C);
+    D = call.D ? read_lanes<F32>(call.D + first, lanes) : vfloat{};
+    bias = call.bias ? read_lanes<F32>(call.bias + first, lanes) : vfloat{};
+  }
+};
+
+// States as the caller has them, [.., channels, states], at [b, sequence, k, channel].
+inline int64_t state_index(const ScanCall& call, int64_t b, int64_t sequence, int64_t k,
+                           int64_t channel) {
+  return (((b * call.sequences + sequence) * call.paths + k) * call.channels + channel) *
+         call.states;
+}
+
+// The saved states of WIDTH channels before a chunk, in a layout of our own: [states][lanes].
+inline float* chunk_state(const ScanCall& call, int64_t b, int64_t k, int64_t chunk,
+                          int64_t channel) {
+  return call.chunks +
+         (((b * call.paths + k) * call.chunk_count() + chunk) * call.channels + channel) *
+             call.states;
+}
+
+// The steps of a run for NB states, from h: [NB][WIDTH] and back. y: their part of <C, h>, added to what
+// stands there unless `first`. SAVE: h after each step to saved[step][NB][WIDTH].
+template <int NB, bool CONST_B, bool CONST_C, bool SAVE, class TILE_>
+inline void scan_run(const TILE_& tile, const Run& run, int state, const Parameters& p,
+                     const float* dt, const float* du, float* h, float* y, bool first,
+                     float* saved) {
+  constexpr int SUMS = NB < 4 ? NB : 4;  // chains of additions in flight
+  vfloat H[NB];
+  for (int n = 0; n < NB; ++n) H[n] = load<vfloat>(h + n * WIDTH);
+  const float *A2 = p.A2 + state * WIDTH, *Bc = p.B + state * WIDTH, *Cc = p.C + state * WIDTH;
+  for (int l = run.begin; l < run.end; ++l) {
+    const vfloat t = load<vfloat>(dt + l * WIDTH), x = load<vfloat>(du + l * WIDTH);
+    const float *b = CONST_B ? nullptr : tile.b[l] + state, *c = CONST_C ? nullptr : tile.c[l] + state;
+    vfloat sum[SUMS] = {};
+#pragma GCC unroll 16
+    for (int n = 0; n < NB; ++n) {
+      const vfloat a = vexp2(t * load<vfloat>(A2 + n * WIDTH));
+      H[n] = a * H[n] + x * (CONST_B ? load<vfloat>(Bc + n * WIDTH) : splat(b[n]));
+      sum[n % SUMS] += H[n] * (CONST_C ? load<vfloat>(Cc + n * WIDTH) : splat(c[n]));
+      if (SAVE) store(saved + (l * NB + n) * WIDTH, H[n]);
+    }
+    for (int width = SUMS / 2; width > 0; width /= 2)
+      for (int i = 0; i < width; ++i) sum[i] += sum[i + width];
+    store(y + l * WIDTH, first ? sum[0] : sum[0] + load<vfloat>(y + l * WIDTH));
+  }
+  for (int n = 0; n < NB; ++n) store(h + n * WIDTH, H[n]);
+}
+
+// f(states at a time, constant B, constant C), all known when compiling: fewer states than lanes are
+// rounded up to a power of two, more are taken WIDTH at a time; constants have whole vectors.
+template <class F>
+inline void with_states(const ScanArgs& s, const F& f) {
+  using std::integral_constant;
+  const bool b = s.call.B.constant, c = s.call.C.constant;
+  const auto whole = integral_constant<int, WIDTH>{};
+  if (b && c) return f(whole, std::true_type{}, std::true_type{});
+  if (b) return f(whole, std::true_type{}, std::false_type{});
+  if (c) return f(whole, std::false_type{}, std::true_type{});
+  const auto no = std::false_type{};
+  switch (s.rows) {
+    case 1:
+      return f(integral_constant<int, 1>{}, no, no);
+    case 2:
+      return f(integral_constant<int, 2>{}, no, no);
+    case 4:
+      if constexpr (WIDTH > 4) return f(integral_constant<int, 4>{}, no, no);
+      break;
+    case 8:
+      if constexpr (WIDTH > 8) return f(integral_constant<int, 8>{}, no, no);
+      break;
+  }
+  f(whole, no, no);
+}
+
+}  // namespace
+}  // namespace pydiffuse

@@ -1,0 +1,40 @@
+// The torch door of the selective scan on the CPU. Schemas stand in pydiffuse/_ops.py.
+#include "../cpu/scan_call.h"
+#include "scan_args.h"
+
+namespace pydiffuse {
+namespace {
+
+void check_steps(const char* op, const ScanCall& c) {
+  const char* bad = bad_steps(c.order, c.paths * c.length, c.offsets, c.sequences, c.length);
+  STD_TORCH_CHECK(!bad, op, ": ", bad ? bad : "");
+}
+
+void selective_scan_cpu(const Tensor& out, const MaybeTensor& last, const MaybeTensor& chunks,
+                        const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B,
+                        const Tensor& C, const MaybeTensor& D, const MaybeTensor& z,
+                        const MaybeTensor& delta_bias, const MaybeTensor& initial,
+                        const MaybeTensor& order, const MaybeTensor& offsets, bool softplus) {
+  const ScanCall call = scan_call(
+      out, last, chunks,
+      {u, delta, A, B, C, D, z, delta_bias, initial, order, offsets, softplus});
+  check_steps("selective_scan", call);
+  selective_scan(call, TorchThreads{});
+}
+
+void selective_state_update_cpu(const Tensor& out, const Tensor& state, const Tensor& x,
+                                const Tensor& dt, const Tensor& A, const Tensor& B,
+                                const Tensor& C, const MaybeTensor& D, const MaybeTensor& z,
+                                const MaybeTensor& dt_bias, bool softplus) {
+  selective_scan(state_update_call(out, state, {x, dt, A, B, C, D, z, dt_bias, softplus}),
+                 TorchThreads{});
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(pydiffuse, CPU, m) {
+  m.impl("selective_scan", TORCH_BOX(&selective_scan_cpu));
+  m.impl("selective_state_update", TORCH_BOX(&selective_state_update_cpu));
+}
+
+}  // namespace pydiffuse
