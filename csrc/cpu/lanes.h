@@ -100,6 +100,7 @@ struct LaneRows {
   int64_t stride = 0;  // bytes from a token to the next
   DType dtype = DType::f32;
   int lanes = 0;
+  int64_t beyond = 0;  // bytes to the same rows of the next sample
 
   explicit operator bool() const { return data; }
   char* at(int64_t token) const { return data + token * stride; }
@@ -114,7 +115,8 @@ inline bool needs_stage(const Tokens& t) { return t.data && t.channel != 1; }
 
 inline LaneRows in_place(const Tokens& t, int64_t b, int64_t k, int64_t channel, int lanes) {
   if (!t.data) return {};
-  return {address(t, b, k, channel), t.token * bytes_of(t.dtype), t.dtype, lanes};
+  const int size = bytes_of(t.dtype);
+  return {address(t, b, k, channel), t.token * size, t.dtype, lanes, t.batch * size};
 }
 
 // A tensor whose tokens are next to each other: transposed, WIDTH tokens of WIDTH channels at a time, into

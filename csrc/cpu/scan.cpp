@@ -11,22 +11,22 @@
 namespace pydiffuse {
 namespace {
 
-constexpr int TILE = 32;
+constexpr int TILE = 16;
 static_assert(SCAN_CHUNK % TILE == 0);
 constexpr int SUBS = SCAN_BLOCK / WIDTH;
 
 struct Scratch {
-  float *dt, *du, *u, *z, *y;  // tiles [TILE][WIDTH]
+  float *dt, *du, *u, *y;  // tiles [TILE][WIDTH]
   float *h[SUBS];              // [rows][WIDTH]
   Parameters parameters[SUBS];
   float *su, *sdelta, *sz, *sout;  // staged tensors [length][WIDTH]
 
   static int64_t size(const ScanArgs& s) {
-    return 5 * TILE * WIDTH + SUBS * 4 * s.rows * WIDTH + 4 * s.call.length * WIDTH;
+    return 4 * TILE * WIDTH + SUBS * 4 * s.rows * WIDTH + 4 * s.call.length * WIDTH;
   }
   Scratch(const ScanArgs& s, float* p) {
     const auto take = [&p](int64_t n) { return (p += n) - n; };
-    for (float** tile : {&dt, &du, &u, &z, &y}) *tile = take(TILE * WIDTH);
+    for (float** tile : {&dt, &du, &u, &y}) *tile = take(TILE * WIDTH);
     for (int i = 0; i < SUBS; ++i) {
       h[i] = take(s.rows * WIDTH);
       for (float** each : {&parameters[i].A2, &parameters[i].B, &parameters[i].C})
@@ -46,15 +46,16 @@ void scan_tile(const ScanArgs& s, const Tile<TILE>& tile, const Tensors& rows, c
                int64_t b, int64_t k, int64_t channel, int lanes, bool add, float* h, Scratch& m) {
   const ScanCall& call = s.call;
   const int64_t states = int64_t(s.rows) * WIDTH;
-  read_rows(rows.delta, tile, m.dt);
-  read_rows(rows.u, tile, m.u);
-  if (rows.z) read_rows(rows.z, tile, m.z);
-  for (int l = 0; l < tile.steps; ++l) {
-    vfloat t = load<vfloat>(m.dt + l * WIDTH) + p.bias;
-    if (call.softplus) t = vsoftplus(t);
-    store(m.dt + l * WIDTH, t);
-    store(m.du + l * WIDTH, t * load<vfloat>(m.u + l * WIDTH));
-  }
+  for_rows(rows.delta, rows.u, tile,
+           [=, dt = m.dt, du = m.du, u = m.u, bias = p.bias, softplus = call.softplus](
+               auto e, auto f, int l, const void* delta_row, const void* u_row, int n) {
+             const vfloat x = read_lanes<decltype(f)>(u_row, n);
+             vfloat t = read_lanes<decltype(e)>(delta_row, n) + bias;
+             if (softplus) t = vsoftplus(t);
+             store(u + l * WIDTH, x);
+             store(dt + l * WIDTH, t);
+             store(du + l * WIDTH, t * x);
+           });
   if (call.chunks && tile.first % SCAN_CHUNK == 0) {
     float* saved = chunk_state(call, b, k, tile.first / SCAN_CHUNK, channel);
     for (int n = 0; n < call.states; ++n)
@@ -63,6 +64,7 @@ void scan_tile(const ScanArgs& s, const Tile<TILE>& tile, const Tensors& rows, c
       else
         std::copy(h + n * WIDTH, h + n * WIDTH + lanes, saved + n * lanes);
   }
+  const Ahead ahead(tile.next, tile.wraps, rows.u, rows.delta, rows.z, rows.out);
   for (int r = 0; r < tile.runs; ++r) {
     const Run& run = tile.run[r];
     const int64_t state = state_index(call, b, run.sequence, k, channel);
@@ -75,19 +77,20 @@ void scan_tile(const ScanArgs& s, const Tile<TILE>& tile, const Tensors& rows, c
     with_states(s, [&](auto nb, auto const_b, auto const_c) {
       constexpr int NB = nb;
       for (int n = 0; n < s.rows; n += NB)
-        scan_run<NB, const_b, const_c, false>(tile, run, n, p, m.dt, m.du, h + n * WIDTH, m.y,
-                                              n == 0, nullptr);
+        scan_run<NB, const_b, const_c, false>(tile, run, n, p, m.u, m.dt, m.du, h + n * WIDTH, m.y,
+                                              ahead, nullptr);
     });
     if (run.ends && call.last) lanes_to_rows(h, lanes, call.states, call.last + state);
   }
-  write_rows(rows.out, tile, add, [&](int l) {
-    vfloat y = load<vfloat>(m.y + l * WIDTH) + p.D * load<vfloat>(m.u + l * WIDTH);
-    if (rows.z) {
-      const vfloat z = load<vfloat>(m.z + l * WIDTH);
-      y *= z * vsigmoid(z);
-    }
-    return y;
-  });
+  if (!rows.z) return write_rows(rows.out, tile, add, m.y);
+  for_rows(rows.z, rows.out, tile,
+           [=, y = m.y](auto e, auto f, int l, const void* z_row, void* out_row, int n) {
+             using Out = decltype(f);
+             const vfloat z = read_lanes<decltype(e)>(z_row, n);
+             vfloat v = load<vfloat>(y + l * WIDTH) * (z * vsigmoid(z));
+             if (add) v += read_lanes<Out>(out_row, n);
+             write_lanes<Out>(out_row, v, n);
+           });
 }
 
 // All steps of path k for the vectors [first, last) of a block.
@@ -183,12 +186,13 @@ void pack(const PackArgs& a, int64_t begin, int64_t end) {
 void floor(int states, int64_t steps, float* scratch) {
   vfloat h[WIDTH];
   for (int n = 0; n < WIDTH; ++n) h[n] = load<vfloat>(scratch + n * WIDTH);
+  const float* A2 = opaque(scratch);
   for (int64_t l = 0; l < steps; ++l) {
-    const vfloat t = load<vfloat>(scratch + (l % TILE) * WIDTH);
+    const vfloat t = load<vfloat>(A2 + (l % TILE) * WIDTH);
     for (int first = 0; first < states; first += WIDTH) {
 #pragma GCC unroll 16
       for (int n = 0; n < WIDTH; ++n) {
-        const vfloat a = vexp2(t * load<vfloat>(scratch + n * WIDTH));
+        const vfloat a = vexp2(t * load<vfloat>(A2 + n * WIDTH));
         h[n] = a * h[n] + t;
         h[n] = a * h[n] + t;
       }

@@ -41,6 +41,7 @@ struct Tile {
   int64_t first;
   int steps, runs;
   int64_t token[STEPS], next[STEPS];  // next: of the tile to come, to be fetched ahead
+  bool wraps;                         // that tile is the next sample's first
   const float *b[STEPS], *c[STEPS];   // null where B (C) is constant
   Run run[STEPS];
 
@@ -49,10 +50,13 @@ struct Tile {
     first = first_;
     steps = static_cast<int>(std::min<int64_t>(STEPS, call.length - first));
     const int32_t* order = call.order ? call.order + k * call.length : nullptr;
+    int64_t later = first + ahead;
+    wraps = later < 0 || later >= call.length;
+    if (wraps) later = ahead > 0 ? 0 : (call.length - 1) / STEPS * STEPS;
     for (int l = 0; l < steps; ++l) {
-      const int64_t later = std::min(std::max<int64_t>(first + ahead + l, 0), call.length - 1);
+      const int64_t n = std::min(later + l, call.length - 1);
       token[l] = order ? order[first + l] : first + l;
-      next[l] = order ? order[later] : later;
+      next[l] = order ? order[n] : n;
     }
     runs = 0;
     if (!call.offsets) {
@@ -83,31 +87,71 @@ struct Tile {
   }
 };
 
-inline void fetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+// Rows to bring into the cache ahead of their use, a step at a time, while the arithmetic runs. Four of
+// them, without branches: a tensor that is not there is replaced by the first.
+struct Ahead {
+  static constexpr int ROWS = 4;
+  const int64_t* token;  // one for each step
+  const char* data[ROWS];
+  int64_t stride[ROWS];
+
+  // beyond: the tile to come is the next sample's.
+  Ahead(const int64_t* token_, bool beyond, const LaneRows& a, const LaneRows& b,
+        const LaneRows& c, const LaneRows& d)
+      : token(token_) {
+    const LaneRows* rows[ROWS] = {&a, &b, &c, &d};
+    for (int i = 0; i < ROWS; ++i) {
+      if (!*rows[i]) rows[i] = &a;
+      data[i] = rows[i]->data + (beyond ? rows[i]->beyond : 0);
+      stride[i] = rows[i]->stride;
+    }
+  }
+  void fetch(int step) const {
+#pragma GCC unroll 4
+    for (int i = 0; i < ROWS; ++i) __builtin_prefetch(data[i] + token[step] * stride[i], 0, 3);
+  }
+};
+
+// each(element of the rows' dtype, address, lanes) for the steps of a tile: what it captures by value
+// stays in registers.
+template <int STEPS, class F>
+inline void for_rows(const LaneRows& rows, const Tile<STEPS>& tile, const F& each) {
+  with_element(rows.dtype, [=, token = tile.token, steps = tile.steps, lanes = rows.lanes,
+                            data = rows.data, stride = rows.stride](auto element) {
+    if (lanes == WIDTH)
+      for (int l = 0; l < steps; ++l) each(element, l, data + token[l] * stride, WIDTH);
+    else
+      for (int l = 0; l < steps; ++l) each(element, l, data + token[l] * stride, lanes);
+  });
+}
 
 // dst[step] = the rows of the tile's tokens.
 template <int STEPS>
 inline void read_rows(const LaneRows& rows, const Tile<STEPS>& tile, float* dst) {
-  with_element(rows.dtype, [&](auto element) {
-    using E = decltype(element);
-    for (int l = 0; l < tile.steps; ++l) {
-      fetch(rows.at(tile.next[l]));
-      store(dst + l * WIDTH, read_lanes<E>(rows.at(tile.token[l]), rows.lanes));
-    }
+  for_rows(rows, tile, [=](auto element, int l, const void* p, int lanes) {
+    store(dst + l * WIDTH, read_lanes<decltype(element)>(p, lanes));
   });
 }
 
-// value(l) to the tile's tokens; `add`: to what stands there, which is then float32.
+// each(element of a, of b, step, address in a, in b, lanes)
 template <int STEPS, class F>
-inline void write_rows(const LaneRows& rows, const Tile<STEPS>& tile, bool add, const F& value) {
-  with_element(rows.dtype, [&](auto element) {
+inline void for_rows(const LaneRows& a, const LaneRows& b, const Tile<STEPS>& tile, const F& each) {
+  with_element(b.dtype, [&](auto second) {
+    for_rows(a, tile, [=, token = tile.token, data = b.data, stride = b.stride](
+                          auto first, int l, char* p, int lanes) {
+      each(first, second, l, p, data + token[l] * stride, lanes);
+    });
+  });
+}
+
+// The tile's rows = src[step]; `add`: what stands there, which is then float32, is added.
+template <int STEPS>
+inline void write_rows(const LaneRows& rows, const Tile<STEPS>& tile, bool add, const float* src) {
+  for_rows(rows, tile, [=](auto element, int l, void* p, int lanes) {
     using E = decltype(element);
-    for (int l = 0; l < tile.steps; ++l) {
-      void* p = rows.at(tile.token[l]);
-      vfloat v = value(l);
-      if (add) v += read_lanes<E>(p, rows.lanes);
-      write_lanes<E>(p, v, rows.lanes);
-    }
+    vfloat v = load<vfloat>(src + l * WIDTH);
+    if (add) v += read_lanes<E>(p, lanes);
+    write_lanes<E>(p, v, lanes);
   });
 }
 
@@ -147,20 +191,36 @@ inline float* chunk_state(const ScanCall& call, int64_t b, int64_t k, int64_t ch
              call.states;
 }
 
-// The steps of a run for NB states, from h: [NB][WIDTH] and back. y: their part of <C, h>, added to what
-// stands there unless `first`. SAVE: h after each step to saved[step][NB][WIDTH].
+// The pointer itself, of unknown origin: g++ then addresses what follows by constant offsets from it,
+// instead of keeping a register (soon a stack slot) for each.
+inline const float* opaque(const float* p) {
+  asm("" : "+r"(p));
+  return p;
+}
+
+// The steps of a run for NB states, from h: [NB][WIDTH] and back. y: their part of <C, h>, added to D u
+// at the first states and to what stands there after them. SAVE: h after each step to saved[step][NB][WIDTH].
+// Not inlined: among other loops the compiler runs out of registers for addresses.
 template <int NB, bool CONST_B, bool CONST_C, bool SAVE, class TILE_>
-inline void scan_run(const TILE_& tile, const Run& run, int state, const Parameters& p,
-                     const float* dt, const float* du, float* h, float* y, bool first,
-                     float* saved) {
+__attribute__((noinline)) void scan_run(const TILE_& tile, const Run& run, int state, const Parameters& p,
+                     const float* u, const float* dt, const float* du, float* h, float* y,
+                     const Ahead& ahead, float* saved) {
   constexpr int SUMS = NB < 4 ? NB : 4;  // chains of additions in flight
   vfloat H[NB];
   for (int n = 0; n < NB; ++n) H[n] = load<vfloat>(h + n * WIDTH);
-  const float *A2 = p.A2 + state * WIDTH, *Bc = p.B + state * WIDTH, *Cc = p.C + state * WIDTH;
+  const float *A2 = opaque(p.A2 + state * WIDTH), *Bc = opaque(p.B + state * WIDTH);
+  const float* Cc = opaque(p.C + state * WIDTH);
   for (int l = run.begin; l < run.end; ++l) {
     const vfloat t = load<vfloat>(dt + l * WIDTH), x = load<vfloat>(du + l * WIDTH);
-    const float *b = CONST_B ? nullptr : tile.b[l] + state, *c = CONST_C ? nullptr : tile.c[l] + state;
+    const float* b = CONST_B ? nullptr : opaque(tile.b[l] + state);
+    const float* c = CONST_C ? nullptr : opaque(tile.c[l] + state);
     vfloat sum[SUMS] = {};
+    if (state == 0) {
+      ahead.fetch(l);
+      sum[0] = p.D * load<vfloat>(u + l * WIDTH);
+    } else {
+      sum[0] = load<vfloat>(y + l * WIDTH);
+    }
 #pragma GCC unroll 16
     for (int n = 0; n < NB; ++n) {
       const vfloat a = vexp2(t * load<vfloat>(A2 + n * WIDTH));
@@ -170,7 +230,7 @@ inline void scan_run(const TILE_& tile, const Run& run, int state, const Paramet
     }
     for (int width = SUMS / 2; width > 0; width /= 2)
       for (int i = 0; i < width; ++i) sum[i] += sum[i + width];
-    store(y + l * WIDTH, first ? sum[0] : sum[0] + load<vfloat>(y + l * WIDTH));
+    store(y + l * WIDTH, sum[0]);
   }
   for (int n = 0; n < NB; ++n) store(h + n * WIDTH, H[n]);
 }
