@@ -1,5 +1,5 @@
-// Channels as the lanes of a vector: sums over lanes, transposes, and tensors [tokens, channels] as rows
-// of WIDTH channels whatever their dtype and layout.
+// Channels as the lanes of a vector: sums over lanes, transposes, and tensors [tokens, channels] as
+// rows of WIDTH channels whatever their dtype and layout.
 #pragma once
 
 #include "../scan.h"
@@ -23,12 +23,14 @@ inline vfloat every_other(vfloat a, vfloat b, bool odd) {
 }
 
 // v[0..WIDTH) -> the vector of their sums over lanes, in a fixed order: halves of halves.
-template <int STEP = WIDTH / 2>
+template <int APART = 1>
 inline vfloat lane_sums(vfloat* v) {
-  for (int i = 0; i < STEP; ++i)
-    v[i] = every_other<STEP>(v[i], v[i + STEP], false) + every_other<STEP>(v[i], v[i + STEP], true);
-  if constexpr (STEP > 1)
-    return lane_sums<STEP / 2>(v);
+  constexpr int STEP = WIDTH / (2 * APART);
+  for (int i = 0; i < WIDTH; i += 2 * APART)
+    v[i] = every_other<STEP>(v[i], v[i + APART], false) +
+           every_other<STEP>(v[i], v[i + APART], true);
+  if constexpr (2 * APART < WIDTH)
+    return lane_sums<2 * APART>(v);
   else
     return v[0];
 }
@@ -50,32 +52,34 @@ inline void transpose(vfloat* v) {
   if constexpr (2 * STEP < WIDTH) transpose<2 * STEP>(v);
 }
 
-// dst[n][lane] = scale src[lane][n] for `lanes` rows of N values; zeros to fill [rows][WIDTH].
-inline void rows_to_lanes(const float* src, int lanes, int n, int rows, float scale, float* dst) {
+// dst[i][lane] = scale src[lane][i] for `lanes` rows of n values, `stride` apart; zeros to fill
+// [rows][WIDTH].
+inline void rows_to_lanes(const float* src, int64_t stride, int lanes, int n, int rows, float scale,
+                          float* dst) {
   int i = 0;
   if (lanes == WIDTH)
     for (; i + WIDTH <= n; i += WIDTH) {
       vfloat v[WIDTH];
-      for (int j = 0; j < WIDTH; ++j) v[j] = load<vfloat>(src + int64_t(j) * n + i) * scale;
+      for (int j = 0; j < WIDTH; ++j) v[j] = load<vfloat>(src + j * stride + i) * scale;
       transpose(v);
       for (int j = 0; j < WIDTH; ++j) store(dst + (i + j) * WIDTH, v[j]);
     }
   for (; i < rows; ++i)
     for (int j = 0; j < WIDTH; ++j)
-      dst[i * WIDTH + j] = i < n && j < lanes ? scale * src[int64_t(j) * n + i] : 0.0f;
+      dst[i * WIDTH + j] = i < n && j < lanes ? scale * src[j * stride + i] : 0.0f;
 }
 
-inline void lanes_to_rows(const float* src, int lanes, int n, float* dst) {
+inline void lanes_to_rows(const float* src, int64_t stride, int lanes, int n, float* dst) {
   int i = 0;
   if (lanes == WIDTH)
     for (; i + WIDTH <= n; i += WIDTH) {
       vfloat v[WIDTH];
       for (int j = 0; j < WIDTH; ++j) v[j] = load<vfloat>(src + (i + j) * WIDTH);
       transpose(v);
-      for (int j = 0; j < WIDTH; ++j) store(dst + int64_t(j) * n + i, v[j]);
+      for (int j = 0; j < WIDTH; ++j) store(dst + j * stride + i, v[j]);
     }
   for (; i < n; ++i)
-    for (int j = 0; j < lanes; ++j) dst[int64_t(j) * n + i] = src[i * WIDTH + j];
+    for (int j = 0; j < lanes; ++j) dst[j * stride + i] = src[i * WIDTH + j];
 }
 
 template <class E>
@@ -119,8 +123,8 @@ inline LaneRows in_place(const Tokens& t, int64_t b, int64_t k, int64_t channel,
   return {address(t, b, k, channel), t.token * size, t.dtype, lanes, t.batch * size};
 }
 
-// A tensor whose tokens are next to each other: transposed, WIDTH tokens of WIDTH channels at a time, into
-// stage [length][WIDTH]. Paths then jump about in the second-level cache, not in memory.
+// A tensor whose tokens are next to each other: transposed, WIDTH tokens of WIDTH channels at a
+// time, into stage [length][WIDTH]. Paths then jump about in the second-level cache, not in memory.
 inline LaneRows staged(const Tokens& t, int64_t b, int64_t k, int64_t channel, int lanes,
                        int64_t length, float* stage, bool read) {
   const LaneRows rows{reinterpret_cast<char*>(stage), WIDTH * 4, DType::f32, WIDTH};

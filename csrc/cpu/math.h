@@ -12,8 +12,8 @@ constexpr float LOG2E = 1.44269504088896341f;
 
 inline vfloat splat(float x) { return x - vfloat{}; }  // + would turn -0 into 0, hence be code
 
-// 2^t = 2^n 2^r with n = round(t): a polynomial for 2^r on [-1/2, 1/2], exact at 0, so that decays close
-// to 1 are right to the last bit. Relative error 1.6e-7 at most. 2^-inf = 0, NaN stays NaN.
+// 2^t = 2^n 2^r with n = round(t): a polynomial for 2^r on [-1/2, 1/2], exact at 0, so that decays
+// close to 1 are right to the last bit. Relative error 1.6e-7 at most. 2^-inf = 0, NaN stays NaN.
 inline vfloat vexp2(vfloat t) {
 #if defined(__AVX512F__)
   const vfloat r = (vfloat)_mm512_reduce_ps((__m512)t, 0), n = t - r;  // r = 0 at +-inf

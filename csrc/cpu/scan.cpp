@@ -1,9 +1,10 @@
 // The selective scan, compiled once per instruction set.
 //
-// Lanes are channels, WIDTH of them; WIDTH states at a time are registers, so a step is WIDTH exponentials and
-// three times as many multiply-adds with no memory but B and C, which are broadcast. An item walks its steps
-// tile by tile, and within a tile its vectors of channels one by one, so that a token's channels are read
-// as one stretch of memory. A path is nothing but the address of a step's row.
+// Lanes are channels, WIDTH of them; WIDTH states at a time are registers, so a step is WIDTH
+// exponentials and three times as many multiply-adds with no memory but B and C, which are
+// broadcast. An item walks its steps tile by tile, and within a tile its vectors of channels one by
+// one, so that a token's channels are read as one stretch of memory. A path is nothing but the
+// address of a step's row.
 #include "scan.h"
 
 #include "scan_tile.h"
@@ -17,7 +18,7 @@ constexpr int SUBS = SCAN_BLOCK / WIDTH;
 
 struct Scratch {
   float *dt, *du, *u, *y;  // tiles [TILE][WIDTH]
-  float *h[SUBS];              // [rows][WIDTH]
+  float* h[SUBS];          // [rows][WIDTH]
   Parameters parameters[SUBS];
   float *su, *sdelta, *sz, *sout;  // staged tensors [length][WIDTH]
 
@@ -70,7 +71,7 @@ void scan_tile(const ScanArgs& s, const Tile<TILE>& tile, const Tensors& rows, c
     const int64_t state = state_index(call, b, run.sequence, k, channel);
     if (run.starts) {
       if (call.initial)
-        rows_to_lanes(call.initial + state, lanes, call.states, s.rows, 1.0f, h);
+        rows_to_lanes(call.initial + state, call.states, lanes, call.states, s.rows, 1.0f, h);
       else
         std::fill(h, h + states, 0.0f);
     }
@@ -80,7 +81,7 @@ void scan_tile(const ScanArgs& s, const Tile<TILE>& tile, const Tensors& rows, c
         scan_run<NB, const_b, const_c, false>(tile, run, n, p, m.u, m.dt, m.du, h + n * WIDTH, m.y,
                                               ahead, nullptr);
     });
-    if (run.ends && call.last) lanes_to_rows(h, lanes, call.states, call.last + state);
+    if (run.ends && call.last) lanes_to_rows(h, call.states, lanes, call.states, call.last + state);
   }
   if (!rows.z) return write_rows(rows.out, tile, add, m.y);
   for_rows(rows.z, rows.out, tile,
@@ -207,6 +208,7 @@ void floor(int states, int64_t steps, float* scratch) {
 #define PYDIFFUSE_JOIN_(a, b) a##b
 #define PYDIFFUSE_JOIN(a, b) PYDIFFUSE_JOIN_(a, b)
 
-extern "C" __attribute__((visibility("hidden"))) const pydiffuse::ScanKernels PYDIFFUSE_JOIN(pydiffuse_scan_, PYDIFFUSE_ISA) = {
+extern "C" __attribute__((visibility("hidden")))
+const pydiffuse::ScanKernels PYDIFFUSE_JOIN(pydiffuse_scan_, PYDIFFUSE_ISA) = {
     pydiffuse::WIDTH, pydiffuse::forward_scratch, pydiffuse::pack, pydiffuse::forward,
     pydiffuse::floor};

@@ -78,8 +78,8 @@ class Scan {
       return nullptr;
     const int64_t items = call.batch * call.paths * call.groups;
     buffers_.emplace_back(items * call.length * args_.rows);
-    const PackArgs pack{w, call.paths, call.groups, call.length, call.states, args_.rows,
-                        buffers_.back().data()};
+    const PackArgs pack{w,           call.paths, call.groups,           call.length,
+                        call.states, args_.rows, buffers_.back().data()};
     parallel(items, 1, [&](int64_t begin, int64_t end) { scan_kernels().pack(pack, begin, end); });
     return pack.to;
   }
@@ -97,6 +97,60 @@ void selective_scan(const ScanCall& call, const Parallel& parallel) {
     const Floats scratch(kernels.forward_scratch(args));
     kernels.forward(args, begin, end, scratch.data());
   });
+}
+
+template <class Parallel>
+void selective_scan_backward(const ScanBackwardCall& call, const Parallel& parallel) {
+  const Scan scan(call.forward, parallel);
+  const ScanArgs& s = scan.args();
+  const ScanCall& c = call.forward;
+  const auto& kernels = scan_backward_kernels();
+
+  ScanBackwardArgs a{s,       call,    std::max<int64_t>(1, std::min<int64_t>(MAX_PARTS, c.batch)),
+                     nullptr, nullptr, nullptr,
+                     nullptr, nullptr, nullptr,
+                     nullptr};
+  std::vector<Floats> buffers;
+  buffers.reserve(7);
+  const auto buffer = [&](int64_t n) {
+    buffers.emplace_back(n);
+    return buffers.back().data();
+  };
+  // One block, or one part: its sums are the result.
+  const int64_t rows = c.batch * c.paths * c.groups;
+  const auto by_token = [&](const Weights& w, float* out) -> float* {
+    if (w.constant) return nullptr;
+    return s.blocks == 1 && s.rows == c.states ? out : buffer(rows * s.blocks * c.length * s.rows);
+  };
+  a.dB = by_token(c.B, call.dB);
+  a.dC = by_token(c.C, call.dC);
+  struct Sum {
+    float** partial;
+    float* out;
+    int64_t count;
+  };
+  const int64_t channels = c.paths * c.channels, states = channels * c.states;
+  const Sum sums[] = {{&a.dA, call.dA, states},
+                      {&a.dBconst, c.B.constant ? call.dB : nullptr, states},
+                      {&a.dCconst, c.C.constant ? call.dC : nullptr, states},
+                      {&a.dD, call.dD, channels},
+                      {&a.dbias, call.dbias, channels}};
+  for (const Sum& sum : sums) {
+    const bool needed = sum.out || sum.count == channels;  // dD and dbias are always computed
+    if (needed) *sum.partial = a.parts == 1 && sum.out ? sum.out : buffer(a.parts * sum.count);
+  }
+
+  parallel(s.blocks * c.groups * a.parts, 1, [&](int64_t begin, int64_t end) {
+    const Floats scratch(kernels.scratch(a));
+    kernels.backward(a, begin, end, scratch.data());
+  });
+  parallel(rows, 1, [&](int64_t begin, int64_t end) { kernels.reduce(a, begin, end); });
+  for (const Sum& sum : sums) {
+    if (!sum.out || *sum.partial == sum.out) continue;
+    std::copy(*sum.partial, *sum.partial + sum.count, sum.out);
+    for (int64_t part = 1; part < a.parts; ++part)
+      for (int64_t i = 0; i < sum.count; ++i) sum.out[i] += (*sum.partial)[part * sum.count + i];
+  }
 }
 
 }  // namespace pydiffuse

@@ -87,8 +87,8 @@ struct Tile {
   }
 };
 
-// Rows to bring into the cache ahead of their use, a step at a time, while the arithmetic runs. Four of
-// them, without branches: a tensor that is not there is replaced by the first.
+// Rows to bring into the cache ahead of their use, a step at a time, while the arithmetic runs.
+// Four of them, without branches: a tensor that is not there is replaced by the first.
 struct Ahead {
   static constexpr int ROWS = 4;
   const int64_t* token;  // one for each step
@@ -96,8 +96,8 @@ struct Ahead {
   int64_t stride[ROWS];
 
   // beyond: the tile to come is the next sample's.
-  Ahead(const int64_t* token_, bool beyond, const LaneRows& a, const LaneRows& b,
-        const LaneRows& c, const LaneRows& d)
+  Ahead(const int64_t* token_, bool beyond, const LaneRows& a, const LaneRows& b, const LaneRows& c,
+        const LaneRows& d)
       : token(token_) {
     const LaneRows* rows[ROWS] = {&a, &b, &c, &d};
     for (int i = 0; i < ROWS; ++i) {
@@ -112,8 +112,8 @@ struct Ahead {
   }
 };
 
-// each(element of the rows' dtype, address, lanes) for the steps of a tile: what it captures by value
-// stays in registers.
+// each(element of the rows' dtype, address, lanes) for the steps of a tile: what it captures by
+// value stays in registers.
 template <int STEPS, class F>
 inline void for_rows(const LaneRows& rows, const Tile<STEPS>& tile, const F& each) {
   with_element(rows.dtype, [=, token = tile.token, steps = tile.steps, lanes = rows.lanes,
@@ -137,10 +137,11 @@ inline void read_rows(const LaneRows& rows, const Tile<STEPS>& tile, float* dst)
 template <int STEPS, class F>
 inline void for_rows(const LaneRows& a, const LaneRows& b, const Tile<STEPS>& tile, const F& each) {
   with_element(b.dtype, [&](auto second) {
-    for_rows(a, tile, [=, token = tile.token, data = b.data, stride = b.stride](
-                          auto first, int l, char* p, int lanes) {
-      each(first, second, l, p, data + token[l] * stride, lanes);
-    });
+    for_rows(a, tile,
+             [=, token = tile.token, data = b.data, stride = b.stride](auto first, int l, char* p,
+                                                                       int lanes) {
+               each(first, second, l, p, data + token[l] * stride, lanes);
+             });
   });
 }
 
@@ -157,7 +158,7 @@ inline void write_rows(const LaneRows& rows, const Tile<STEPS>& tile, bool add, 
 
 // The parameters of WIDTH channels for one path, as lanes.
 struct Parameters {
-  float *A2;       // [rows][WIDTH], times log2(e)
+  float* A2;       // [rows][WIDTH], times log2(e)
   float *B, *C;    // [rows][WIDTH], constants only
   vfloat D, bias;  // 0 where there is none
 
@@ -165,8 +166,8 @@ struct Parameters {
     const ScanCall& call = s.call;
     const int64_t first = k * call.channels + channel;
     const auto to_lanes = [&](const void* data, float scale, float* dst) {
-      rows_to_lanes(static_cast<const float*>(data) + first * call.states, lanes, call.states, s.rows,
-                    scale, dst);
+      rows_to_lanes(static_cast<const float*>(data) + first * call.states, call.states, lanes,
+                    call.states, s.rows, scale, dst);
     };
     to_lanes(call.A, LOG2E, A2);
     if (call.B.constant) to_lanes(call.B.data, 1.0f, B);
@@ -191,20 +192,22 @@ inline float* chunk_state(const ScanCall& call, int64_t b, int64_t k, int64_t ch
              call.states;
 }
 
-// The pointer itself, of unknown origin: g++ then addresses what follows by constant offsets from it,
-// instead of keeping a register (soon a stack slot) for each.
+// The pointer itself, of unknown origin: g++ then addresses what follows by constant offsets from
+// it, instead of keeping a register (soon a stack slot) for each.
 inline const float* opaque(const float* p) {
   asm("" : "+r"(p));
   return p;
 }
 
-// The steps of a run for NB states, from h: [NB][WIDTH] and back. y: their part of <C, h>, added to D u
-// at the first states and to what stands there after them. SAVE: h after each step to saved[step][NB][WIDTH].
-// Not inlined: among other loops the compiler runs out of registers for addresses.
+// The steps of a run for NB states, from h: [NB][WIDTH] and back. y: their part of <C, h>, added to
+// D u at the first states and to what stands there after them. SAVE: h after each step to
+// saved[step][NB][WIDTH]. Not inlined: among other loops the compiler runs out of registers for
+// addresses.
 template <int NB, bool CONST_B, bool CONST_C, bool SAVE, class TILE_>
-__attribute__((noinline)) void scan_run(const TILE_& tile, const Run& run, int state, const Parameters& p,
-                     const float* u, const float* dt, const float* du, float* h, float* y,
-                     const Ahead& ahead, float* saved) {
+__attribute__((noinline)) void scan_run(const TILE_& tile, const Run& run, int state,
+                                        const Parameters& p, const float* u, const float* dt,
+                                        const float* du, float* h, float* y, const Ahead& ahead,
+                                        float* saved) {
   constexpr int SUMS = NB < 4 ? NB : 4;  // chains of additions in flight
   vfloat H[NB];
   for (int n = 0; n < NB; ++n) H[n] = load<vfloat>(h + n * WIDTH);
@@ -235,8 +238,8 @@ __attribute__((noinline)) void scan_run(const TILE_& tile, const Run& run, int s
   for (int n = 0; n < NB; ++n) store(h + n * WIDTH, H[n]);
 }
 
-// f(states at a time, constant B, constant C), all known when compiling: fewer states than lanes are
-// rounded up to a power of two, more are taken WIDTH at a time; constants have whole vectors.
+// f(states at a time, constant B, constant C), all known when compiling: fewer states than lanes
+// are rounded up to a power of two, more are taken WIDTH at a time; constants have whole vectors.
 template <class F>
 inline void with_states(const ScanArgs& s, const F& f) {
   using std::integral_constant;

@@ -16,15 +16,31 @@ void selective_scan_cpu(const Tensor& out, const MaybeTensor& last, const MaybeT
                         const MaybeTensor& delta_bias, const MaybeTensor& initial,
                         const MaybeTensor& order, const MaybeTensor& offsets, bool softplus) {
   const ScanCall call = scan_call(
-      out, last, chunks,
-      {u, delta, A, B, C, D, z, delta_bias, initial, order, offsets, softplus});
+      out, last, chunks, {u, delta, A, B, C, D, z, delta_bias, initial, order, offsets, softplus});
   check_steps("selective_scan", call);
   selective_scan(call, TorchThreads{});
 }
 
+void selective_scan_backward_cpu(const Tensor& du, const Tensor& ddelta, const Tensor& dA,
+                                 const Tensor& dB, const Tensor& dC, const MaybeTensor& dD,
+                                 const MaybeTensor& dz, const MaybeTensor& ddelta_bias,
+                                 const MaybeTensor& dinitial, const Tensor& dout,
+                                 const MaybeTensor& dlast, const Tensor& chunks, const Tensor& u,
+                                 const Tensor& delta, const Tensor& A, const Tensor& B,
+                                 const Tensor& C, const MaybeTensor& D, const MaybeTensor& z,
+                                 const MaybeTensor& delta_bias, const MaybeTensor& initial,
+                                 const MaybeTensor& order, const MaybeTensor& offsets,
+                                 bool softplus) {
+  const ScanBackwardCall call = scan_backward_call(
+      {du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, dinitial}, dout, dlast, chunks,
+      {u, delta, A, B, C, D, z, delta_bias, initial, order, offsets, softplus});
+  check_steps("selective_scan_backward", call.forward);
+  selective_scan_backward(call, TorchThreads{});
+}
+
 void selective_state_update_cpu(const Tensor& out, const Tensor& state, const Tensor& x,
-                                const Tensor& dt, const Tensor& A, const Tensor& B,
-                                const Tensor& C, const MaybeTensor& D, const MaybeTensor& z,
+                                const Tensor& dt, const Tensor& A, const Tensor& B, const Tensor& C,
+                                const MaybeTensor& D, const MaybeTensor& z,
                                 const MaybeTensor& dt_bias, bool softplus) {
   selective_scan(state_update_call(out, state, {x, dt, A, B, C, D, z, dt_bias, softplus}),
                  TorchThreads{});
@@ -34,6 +50,7 @@ void selective_state_update_cpu(const Tensor& out, const Tensor& state, const Te
 
 STABLE_TORCH_LIBRARY_IMPL(pydiffuse, CPU, m) {
   m.impl("selective_scan", TORCH_BOX(&selective_scan_cpu));
+  m.impl("selective_scan_backward", TORCH_BOX(&selective_scan_backward_cpu));
   m.impl("selective_state_update", TORCH_BOX(&selective_state_update_cpu));
 }
 
