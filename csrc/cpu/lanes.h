@@ -27,8 +27,8 @@ template <int APART = 1>
 inline vfloat lane_sums(vfloat* v) {
   constexpr int STEP = WIDTH / (2 * APART);
   for (int i = 0; i < WIDTH; i += 2 * APART)
-    v[i] = every_other<STEP>(v[i], v[i + APART], false) +
-           every_other<STEP>(v[i], v[i + APART], true);
+    v[i] =
+        every_other<STEP>(v[i], v[i + APART], false) + every_other<STEP>(v[i], v[i + APART], true);
   if constexpr (2 * APART < WIDTH)
     return lane_sums<2 * APART>(v);
   else

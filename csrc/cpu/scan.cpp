@@ -43,8 +43,9 @@ struct Tensors {
 };
 
 // One tile of one vector of channels.
-void scan_tile(const ScanArgs& s, const Tile<TILE>& tile, const Tensors& rows, const Parameters& p,
-               int64_t b, int64_t k, int64_t channel, int lanes, bool add, float* h, Scratch& m) {
+void scan_tile(const ScanArgs& s, const ScanTile<TILE>& tile, const Tensors& rows,
+               const Parameters& p, int64_t b, int64_t k, int64_t channel, int lanes, bool add,
+               float* h, Scratch& m) {
   const ScanCall& call = s.call;
   const int64_t states = int64_t(s.rows) * WIDTH;
   for_rows(rows.delta, rows.u, tile,
@@ -97,11 +98,10 @@ void scan_tile(const ScanArgs& s, const Tile<TILE>& tile, const Tensors& rows, c
 // All steps of path k for the vectors [first, last) of a block.
 void scan_path(const ScanArgs& s, const Block& block, int64_t b, int64_t k, int first, int last,
                const Tensors* rows, Scratch& m) {
-  Tile<TILE> tile;
+  ScanTile<TILE> tile;
   int64_t sequence = 0;
   for (int64_t step = 0; step < s.call.length; step += TILE) {
-    tile.set(s.call, k, step, TILE, sequence);
-    tile.set_weights(s, b, k, block.group);
+    tile.set_path(s, b, k, block.group, step, TILE, sequence);
     for (int i = first; i < last; ++i)
       scan_tile(s, tile, rows[i], m.parameters[i], b, k, block.channel + i * WIDTH, block.lanes(i),
                 k > 0, m.h[i], m);
@@ -133,7 +133,7 @@ void forward(const ScanArgs& s, int64_t begin, int64_t end, float* scratch) {
   int64_t loaded = -1;
   for (int64_t item = begin; item < end; ++item) {
     const int64_t b = item % call.batch;
-    const Block block(s, item / call.batch);
+    const Block block = block_of(s, item / call.batch);
     finish_empty(s, block, b);
     Tensors rows[SUBS];
     // Staged, a vector of channels goes all the way by itself; else the block's go side by side.

@@ -63,7 +63,7 @@ struct Place {
 // dh_l = C_l dy_l + a_(l+1) dh_(l+1) through the steps of a run for NB states, last step first.
 // dB, dC: [length][rows] of the block, by tokens; written by its first vector of channels.
 template <int NB, bool CONST_B, bool CONST_C>
-__attribute__((noinline)) void reverse_run(const Tile<TILE>& tile, const Run& run, int state,
+__attribute__((noinline)) void reverse_run(const ScanTile<TILE>& tile, const Run& run, int state,
                                            int rows, const Parameters& p, const Scratch& m,
                                            const float* start, float* carry, const Sums& sums,
                                            bool first, float* dB, float* dC) {
@@ -114,7 +114,7 @@ __attribute__((noinline)) void reverse_run(const Tile<TILE>& tile, const Run& ru
 }
 
 // u, delta and their product; dy and dz / y from dout and z.
-void read_tile(const ScanCall& call, const Tile<TILE>& tile, const Tensors& rows,
+void read_tile(const ScanCall& call, const ScanTile<TILE>& tile, const Tensors& rows,
                const Parameters& p, const Scratch& m) {
   for_rows(
       rows.delta, rows.u, tile,
@@ -141,7 +141,7 @@ void read_tile(const ScanCall& call, const Tile<TILE>& tile, const Tensors& rows
            });
 }
 
-void write_tile(const ScanCall& call, const Tile<TILE>& tile, const Tensors& rows,
+void write_tile(const ScanCall& call, const ScanTile<TILE>& tile, const Tensors& rows,
                 const Parameters& p, const Scratch& m, bool add, Sums& sums) {
   for (int l = 0; l < tile.steps; ++l) {
     const auto at = [l](float* t) { return load<vfloat>(t + l * WIDTH); };
@@ -176,7 +176,7 @@ void load_start(const ScanCall& call, const Run& run, const Place& at, int64_t c
     store(to + i * WIDTH, read_lanes<F32>(saved + i * at.lanes, at.lanes));
 }
 
-void backward_tile(const ScanBackwardArgs& a, const Tile<TILE>& tile, const Tensors& rows,
+void backward_tile(const ScanBackwardArgs& a, const ScanTile<TILE>& tile, const Tensors& rows,
                    const Place& at, const Parameters& p, Sums& sums, float* carry, Scratch& m) {
   const ScanArgs& s = a.scan;
   const ScanCall& call = s.call;
@@ -236,14 +236,13 @@ void finish_empty(const ScanBackwardArgs& a, const Block& block, int64_t b) {
 void backward_path(const ScanBackwardArgs& a, const Block& block, int64_t index, int64_t b,
                    int64_t k, int first, int last, const Tensors* rows, Scratch& m) {
   const ScanCall& call = a.scan.call;
-  Tile<TILE> tile;
+  ScanTile<TILE> tile;
   int64_t sequence = call.sequences - 1;
   for (int64_t step = (call.length - 1) / TILE * TILE; step >= 0 && call.length; step -= TILE) {
     if (call.offsets)
       while (sequence > 0 && call.offsets[sequence] > step) --sequence;
     int64_t current = sequence;
-    tile.set(call, k, step, -TILE, current);
-    tile.set_weights(a.scan, b, k, block.group);
+    tile.set_path(a.scan, b, k, block.group, step, -TILE, current);
     for (int i = first; i < last; ++i) {
       const Place at{
           b,     k, block.group, index % a.scan.blocks, block.channel + i * WIDTH, block.lanes(i),
@@ -279,7 +278,7 @@ void backward(const ScanBackwardArgs& a, int64_t begin, int64_t end, float* scra
   for (int64_t item = begin; item < end; ++item) {
     const int64_t index = item / a.parts, part = item % a.parts;
     const int64_t from = part * call.batch / a.parts, to = (part + 1) * call.batch / a.parts;
-    const Block block(a.scan, index);
+    const Block block = block_of(a.scan, index);
     for (int64_t b = from; b < to; ++b) finish_empty(a, block, b);
     for (int first = 0; first < block.subs; first = stage ? first + 1 : block.subs) {
       const int last = stage ? first + 1 : block.subs;

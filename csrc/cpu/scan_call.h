@@ -4,11 +4,12 @@
 #pragma once
 
 #include <algorithm>
-#include <memory>
 #include <vector>
 
 #include "capability.h"
+#include "floats.h"
 #include "scan.h"
+#include "steps.h"
 
 namespace pydiffuse {
 
@@ -27,32 +28,6 @@ inline const ScanBackwardKernels& scan_backward_kernels() {
 #endif
   return pydiffuse_scan_backward_default;
 }
-
-// Orders and offsets that would read out of bounds are refused before memory is touched.
-inline const char* bad_steps(const int32_t* order, int64_t count, const int32_t* offsets,
-                             int sequences, int64_t length) {
-  if (order)
-    for (int64_t i = 0; i < count; ++i)
-      if (order[i] < 0 || order[i] >= length) return "order holds tokens that do not exist";
-  if (!offsets) return nullptr;
-  bool rising = offsets[0] == 0 && offsets[sequences] == length;
-  for (int i = 0; i < sequences; ++i) rising = rising && offsets[i] <= offsets[i + 1];
-  return rising ? nullptr : "offsets must rise from 0 to the number of steps";
-}
-
-// A buffer that vectors and lines like: 64-byte aligned, not filled.
-class Floats {
- public:
-  explicit Floats(int64_t n) : memory_(new float[n + 16]) {
-    const auto at = reinterpret_cast<uintptr_t>(memory_.get());
-    data_ = reinterpret_cast<float*>((at + 63) & ~uintptr_t(63));
-  }
-  float* data() const { return data_; }
-
- private:
-  std::unique_ptr<float[]> memory_;
-  float* data_;
-};
 
 class Scan {
  public:
@@ -147,9 +122,7 @@ void selective_scan_backward(const ScanBackwardCall& call, const Parallel& paral
   parallel(rows, 1, [&](int64_t begin, int64_t end) { kernels.reduce(a, begin, end); });
   for (const Sum& sum : sums) {
     if (!sum.out || *sum.partial == sum.out) continue;
-    std::copy(*sum.partial, *sum.partial + sum.count, sum.out);
-    for (int64_t part = 1; part < a.parts; ++part)
-      for (int64_t i = 0; i < sum.count; ++i) sum.out[i] += (*sum.partial)[part * sum.count + i];
+    add_parts(*sum.partial, a.parts, sum.count, sum.out);
   }
 }
 

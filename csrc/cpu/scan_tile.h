@@ -1,160 +1,43 @@
-// Tiles of steps: what the forward and the backward of the selective scan share.
+// Tiles of the selective scan: what its forward and its backward share.
 //
 // A tile is up to TILE steps of WIDTH channels in the first-level cache: delta, delta u and y as
 // [step][lane], and where B and C of each step's token lie. The states of WIDTH channels are
 // [state][lane]; within a run of steps, WIDTH states at a time are registers.
 #pragma once
 
-#include <algorithm>
-
-#include "lanes.h"
 #include "math.h"
 #include "scan.h"
+#include "tile.h"
 
 namespace pydiffuse {
 namespace {
 
-// The channels of an item, WIDTH at a time.
-struct Block {
-  int64_t group, channel;  // the first one
-  int channels, subs;      // of them; vectors of WIDTH
-
-  Block(const ScanArgs& s, int64_t index) {  // index: [groups, blocks]
-    const int64_t within = index % s.blocks * SCAN_BLOCK, each = s.group_channels();
-    group = index / s.blocks;
-    channel = group * each + within;
-    channels = static_cast<int>(std::min<int64_t>(SCAN_BLOCK, each - within));
-    subs = (channels + WIDTH - 1) / WIDTH;
-  }
-  int lanes(int sub) const { return std::min(WIDTH, channels - sub * WIDTH); }
-};
-
-// Steps of one sequence within a tile.
-struct Run {
-  int begin, end;
-  int64_t sequence;
-  bool starts, ends;  // with the first (last) step of its sequence
-};
+inline Block block_of(const ScanArgs& s, int64_t index) {
+  return Block(index, s.blocks, s.group_channels(), SCAN_BLOCK);
+}
 
 template <int STEPS>
-struct Tile {
-  int64_t first;
-  int steps, runs;
-  int64_t token[STEPS], next[STEPS];  // next: of the tile to come, to be fetched ahead
-  bool wraps;                         // that tile is the next sample's first
-  const float *b[STEPS], *c[STEPS];   // null where B (C) is constant
-  Run run[STEPS];
+struct ScanTile : Tile<STEPS> {
+  const float *b[STEPS], *c[STEPS];  // [rows] of each step's token; not set where B (C) is constant
 
-  // sequence: that of the tile's first step; moves on to that of the next tile's.
-  void set(const ScanCall& call, int64_t k, int64_t first_, int64_t ahead, int64_t& sequence) {
-    first = first_;
-    steps = static_cast<int>(std::min<int64_t>(STEPS, call.length - first));
-    const int32_t* order = call.order ? call.order + k * call.length : nullptr;
-    int64_t later = first + ahead;
-    wraps = later < 0 || later >= call.length;
-    if (wraps) later = ahead > 0 ? 0 : (call.length - 1) / STEPS * STEPS;
-    for (int l = 0; l < steps; ++l) {
-      const int64_t n = std::min(later + l, call.length - 1);
-      token[l] = order ? order[first + l] : first + l;
-      next[l] = order ? order[n] : n;
-    }
-    runs = 0;
-    if (!call.offsets) {
-      run[runs++] = {0, steps, 0, first == 0, first + steps == call.length};
-      return;
-    }
-    for (int l = 0; l < steps;) {
-      while (call.offsets[sequence + 1] <= first + l) ++sequence;
-      const int64_t begin = call.offsets[sequence], end = call.offsets[sequence + 1];
-      const int stop = static_cast<int>(std::min<int64_t>(steps, end - first));
-      run[runs++] = {l, stop, sequence, begin == first + l, end == first + stop};
-      l = stop;
-    }
-  }
-
-  void set_weights(const ScanArgs& s, int64_t b_, int64_t k, int64_t group) {
+  void set_path(const ScanArgs& s, int64_t batch, int64_t k, int64_t group, int64_t first,
+                int64_t ahead, int64_t& sequence) {
     const ScanCall& call = s.call;
+    this->set(call.order ? call.order + k * call.length : nullptr, call.offsets, call.length, first,
+              ahead, sequence);
     auto rows = [&](const Weights& w, const float* packed, const float** row) {
       if (w.constant) return;
       const float* base =
-          packed ? packed + ((b_ * call.paths + k) * call.groups + group) * call.length * s.rows
-                 : static_cast<const float*>(w.data) + b_ * w.batch + k * w.path + group * w.group;
+          packed
+              ? packed + ((batch * call.paths + k) * call.groups + group) * call.length * s.rows
+              : static_cast<const float*>(w.data) + batch * w.batch + k * w.path + group * w.group;
       const int64_t stride = packed ? s.rows : w.token;
-      for (int l = 0; l < steps; ++l) row[l] = base + token[l] * stride;
+      for (int l = 0; l < this->steps; ++l) row[l] = base + this->token[l] * stride;
     };
     rows(call.B, s.B, b);
     rows(call.C, s.C, c);
   }
 };
-
-// Rows to bring into the cache ahead of their use, a step at a time, while the arithmetic runs.
-// Four of them, without branches: a tensor that is not there is replaced by the first.
-struct Ahead {
-  static constexpr int ROWS = 4;
-  const int64_t* token;  // one for each step
-  const char* data[ROWS];
-  int64_t stride[ROWS];
-
-  // beyond: the tile to come is the next sample's.
-  Ahead(const int64_t* token_, bool beyond, const LaneRows& a, const LaneRows& b, const LaneRows& c,
-        const LaneRows& d)
-      : token(token_) {
-    const LaneRows* rows[ROWS] = {&a, &b, &c, &d};
-    for (int i = 0; i < ROWS; ++i) {
-      if (!*rows[i]) rows[i] = &a;
-      data[i] = rows[i]->data + (beyond ? rows[i]->beyond : 0);
-      stride[i] = rows[i]->stride;
-    }
-  }
-  void fetch(int step) const {
-#pragma GCC unroll 4
-    for (int i = 0; i < ROWS; ++i) __builtin_prefetch(data[i] + token[step] * stride[i], 0, 3);
-  }
-};
-
-// each(element of the rows' dtype, address, lanes) for the steps of a tile: what it captures by
-// value stays in registers.
-template <int STEPS, class F>
-inline void for_rows(const LaneRows& rows, const Tile<STEPS>& tile, const F& each) {
-  with_element(rows.dtype, [=, token = tile.token, steps = tile.steps, lanes = rows.lanes,
-                            data = rows.data, stride = rows.stride](auto element) {
-    if (lanes == WIDTH)
-      for (int l = 0; l < steps; ++l) each(element, l, data + token[l] * stride, WIDTH);
-    else
-      for (int l = 0; l < steps; ++l) each(element, l, data + token[l] * stride, lanes);
-  });
-}
-
-// dst[step] = the rows of the tile's tokens.
-template <int STEPS>
-inline void read_rows(const LaneRows& rows, const Tile<STEPS>& tile, float* dst) {
-  for_rows(rows, tile, [=](auto element, int l, const void* p, int lanes) {
-    store(dst + l * WIDTH, read_lanes<decltype(element)>(p, lanes));
-  });
-}
-
-// each(element of a, of b, step, address in a, in b, lanes)
-template <int STEPS, class F>
-inline void for_rows(const LaneRows& a, const LaneRows& b, const Tile<STEPS>& tile, const F& each) {
-  with_element(b.dtype, [&](auto second) {
-    for_rows(a, tile,
-             [=, token = tile.token, data = b.data, stride = b.stride](auto first, int l, char* p,
-                                                                       int lanes) {
-               each(first, second, l, p, data + token[l] * stride, lanes);
-             });
-  });
-}
-
-// The tile's rows = src[step]; `add`: what stands there, which is then float32, is added.
-template <int STEPS>
-inline void write_rows(const LaneRows& rows, const Tile<STEPS>& tile, bool add, const float* src) {
-  for_rows(rows, tile, [=](auto element, int l, void* p, int lanes) {
-    using E = decltype(element);
-    vfloat v = load<vfloat>(src + l * WIDTH);
-    if (add) v += read_lanes<E>(p, lanes);
-    write_lanes<E>(p, v, lanes);
-  });
-}
 
 // The parameters of WIDTH channels for one path, as lanes.
 struct Parameters {

@@ -1,0 +1,39 @@
+// The torch door of the causal convolution on the CPU. Schemas stand in pydiffuse/_ops.py.
+#include "../cpu/conv_call.h"
+#include "../cpu/steps.h"
+#include "conv_args.h"
+
+namespace pydiffuse {
+namespace {
+
+void check_steps(const char* op, const ConvCall& c) {
+  const char* bad = bad_steps(c.order, c.length, c.offsets, c.sequences, c.length);
+  STD_TORCH_CHECK(!bad, op, ": ", bad ? bad : "");
+}
+
+void causal_conv1d_cpu(const Tensor& out, const Tensor& x, const Tensor& weight,
+                       const MaybeTensor& bias, const MaybeTensor& order,
+                       const MaybeTensor& offsets, bool silu) {
+  const ConvCall call = conv_call(out, {x, weight, bias, order, offsets, silu});
+  check_steps("causal_conv1d", call);
+  causal_conv1d(call, TorchThreads{});
+}
+
+void causal_conv1d_backward_cpu(const Tensor& dx, const Tensor& dweight, const MaybeTensor& dbias,
+                                const Tensor& dout, const Tensor& x, const Tensor& weight,
+                                const MaybeTensor& bias, const MaybeTensor& order,
+                                const MaybeTensor& offsets, bool silu) {
+  const ConvBackwardCall call =
+      conv_backward_call({dx, dweight, dbias}, dout, {x, weight, bias, order, offsets, silu});
+  check_steps("causal_conv1d_backward", call.forward);
+  causal_conv1d_backward(call, TorchThreads{});
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(pydiffuse, CPU, m) {
+  m.impl("causal_conv1d", TORCH_BOX(&causal_conv1d_cpu));
+  m.impl("causal_conv1d_backward", TORCH_BOX(&causal_conv1d_backward_cpu));
+}
+
+}  // namespace pydiffuse
