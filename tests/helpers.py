@@ -42,7 +42,8 @@ def values_and_gradients(case: Case, arguments: Any, backend: str) -> tuple[list
         weight = torch.randn(result.shape, generator=generator, dtype=torch.float64).to(result.device)
         loss = loss + (weight * result.double()).sum()
     inputs = leaves(copies)
-    gradients = torch.autograd.grad(loss, inputs, allow_unused=True)
+    needed = loss.requires_grad  # not where there are no elements
+    gradients = torch.autograd.grad(loss, inputs, allow_unused=True) if needed else [None] * len(inputs)
     return results, [
         torch.zeros_like(t) if g is None else g for t, g in zip(inputs, gradients, strict=True)
     ]

@@ -127,7 +127,7 @@ inline LaneRows in_place(const Tokens& t, int64_t b, int64_t k, int64_t channel,
 // time, into stage [length][WIDTH]. Paths then jump about in the second-level cache, not in memory.
 inline LaneRows staged(const Tokens& t, int64_t b, int64_t k, int64_t channel, int lanes,
                        int64_t length, float* stage, bool read) {
-  const LaneRows rows{reinterpret_cast<char*>(stage), WIDTH * 4, DType::f32, WIDTH};
+  const LaneRows rows{reinterpret_cast<char*>(stage), WIDTH * 4, DType::f32, lanes};
   if (!read) return rows;
   with_element(t.dtype, [&](auto element) {
     using E = decltype(element);

@@ -1,5 +1,5 @@
 """Every op's cases."""
 
-from tests.cases import guidance
+from tests.cases import conv, guidance, scan
 
-CASES = [*guidance.CASES]
+CASES = [*guidance.CASES, *scan.CASES, *scan.STEPS, *conv.CASES]
