@@ -78,7 +78,8 @@ def selective_scan(
         return reference.selective_scan(*given, return_last_state, **where, layout=layout)
     last: Tensor | None
     if needs_function(u, delta, A, B, C, D, z, delta_bias, initial_state):
-        y, last, _ = SelectiveScan.apply("selective_scan", return_last_state, *args)
+        y, _, *states = SelectiveScan.apply("selective_scan", return_last_state, *args)
+        last = states[0] if states else None
     else:
         y, last, _ = run_scan("selective_scan", args, with_last=return_last_state, with_chunks=False)
     y = y.transpose(1, 2) if layout == "bdl" else y

@@ -14,8 +14,8 @@ from torch.autograd import Function
 
 from pydiffuse._ops import ops_for
 from pydiffuse.autograd.functions import derive
-from pydiffuse.autograd.scan import second_derivative, vmap_batches
-from pydiffuse.calls.scan import dense, new_tokens
+from pydiffuse.autograd.scan import dense_gradient, second_derivative, vmap_batches
+from pydiffuse.calls.scan import new_tokens
 
 
 class CausalConv1d(Function):
@@ -52,7 +52,7 @@ class CausalConv1dBackward(Function):
         dx, dweight = new_tokens(x, x.shape), torch.empty_like(weight)
         dbias = None if bias is None else torch.empty_like(bias)
         ops_for(op, x).causal_conv1d_backward.default(
-            dx, dweight, dbias, dense(dy), x, weight, bias, *args
+            dx, dweight, dbias, dense_gradient(dy), x, weight, bias, *args
         )
         return dx, dweight, dbias
 

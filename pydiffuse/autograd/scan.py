@@ -40,25 +40,25 @@ def run_scan(
 
 
 class SelectiveScan(Function):
-    """(op, with_last, *ScanArguments) -> y, last states or None, chunk states."""
+    """(op, with_last, *ScanArguments) -> y, chunk states, and the last states if asked for."""
 
     @staticmethod
-    def forward(op: str, with_last: bool, *args: Any) -> tuple[Tensor, Tensor | None, Tensor]:  # type: ignore[override]
+    def forward(op: str, with_last: bool, *args: Any) -> tuple[Tensor, ...]:  # type: ignore[override]
         y, last, chunks = run_scan(op, ScanArguments(*args), with_last=with_last, with_chunks=True)
         assert chunks is not None
-        return y, last, chunks
+        return (y, chunks) if last is None else (y, chunks, last)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.op, _, *args = inputs
-        *_, chunks = output
+        chunks = output[1]
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(chunks)
         ctx.softplus = args[-1]
         ctx.save_for_backward(chunks, *args[:-1])
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, dlast: Tensor | None, _: Tensor | None) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor | None, _: Any, dlast: Tensor | None = None) -> Any:  # type: ignore[override]
         chunks, *args = ctx.saved_tensors
         if dy is None and dlast is None:
             return None, None, *[None] * 12
@@ -96,7 +96,7 @@ class SelectiveScanBackward(Function):
         dz = None if args.z is None else new_tokens(args.z, args.z.shape, wide)
         dlast = None if dlast is None else dlast.float().contiguous()
         ops_for(op, u).selective_scan_backward.default(
-            du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial, dense(dy), dlast, chunks, *args
+            du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial, dense_gradient(dy), dlast, chunks, *args
         )
         dz = None if dz is None or args.z is None else dz.to(args.z.dtype)
         dB, dC = dB.to(args.B.dtype), dC.to(args.C.dtype)
@@ -114,6 +114,11 @@ class SelectiveScanBackward(Function):
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
         # Gradients of parameters belong to one sample of the vmap: nothing folds.
         return vmap_batches(SelectiveScanBackward, info, in_dims, args, parameters=None)
+
+
+def dense_gradient(dy: Tensor) -> Tensor:
+    """`dense`, but while Dynamo (torch 2.13) traces a backward, it knows no strides of gradients."""
+    return dy.contiguous() if torch.compiler.is_compiling() else dense(dy)
 
 
 def second_derivative(op: str) -> NotImplementedError:
