@@ -25,7 +25,7 @@ from benchmarks import tables
 from benchmarks.row import Row
 
 RESULTS = Path(__file__).parent / "results"
-STEMS = ("guidance",)
+STEMS = ("guidance", "scan")
 
 
 def machine(device: str) -> dict[str, Any]:
