@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -99,6 +98,11 @@ def turned(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return run
 
 
+def rivals_in(layout: str) -> dict[str, Callable[..., Tensor]]:
+    rivals = {"mamba.py": mamba_py(), "loop": plain_loop}
+    return rivals if layout == "bld" else {name: turned(f) for name, f in rivals.items()}
+
+
 def accuracy_rows(device: str) -> Iterator[Row]:
     """Against a float64 loop at odd lengths, for every number of states and groups that the bars name."""
     for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 5e-3)):
@@ -170,10 +174,9 @@ def order_rows(
         name: contender(name, data, lambda a, p=path: scan(a, layout, p), exact(data[0], layout, path))
         for name, path in orders.items()
     }
-    adapt = (lambda f: f) if layout == "bld" else turned
     rivals = [
-        contender("mamba.py", data, lambda a, f=adapt(mamba_py()): f(*a), exact(data[0], layout)),
-        contender("loop", data, lambda a, f=adapt(plain_loop): f(*a), exact(data[0], layout)),
+        contender(name, data, lambda a, f=rival: f(*a), exact(data[0], layout))
+        for name, rival in rivals_in(layout).items()
     ]
     with torch.no_grad():
         race(list(ours.values()), len(data), device=device, seconds=seconds)
@@ -246,10 +249,8 @@ def backward_row(layout: str, device: str, floor: float | None, seconds: float) 
 
     expected = exact(data[0], layout, ROWS, dy)
     ours = contender("ours", data, both(lambda a: scan(a, layout, ROWS)), expected)
-    adapt = (lambda f: f) if layout == "bld" else turned
-    rival = contender(
-        "mamba.py", data, both(lambda a, f=adapt(mamba_py()): f(*a)), exact(data[0], layout, None, dy)
-    )
+    mamba = rivals_in(layout)["mamba.py"]
+    rival = contender("mamba.py", data, both(lambda a: mamba(*a)), exact(data[0], layout, None, dy))
     bare = [[t.detach() for t in args] for args in data]
     forward = contender("forward", bare, lambda a: scan(a, layout, ROWS), exact(bare[0], layout, ROWS))
     race([ours, forward], len(data), device=device, seconds=seconds)
@@ -332,51 +333,29 @@ def layer_row(device: str, backward: bool, seconds: float) -> Row:
     from transformers.models.mamba.modeling_mamba import MambaMixer
 
     layer = ZigzagMamba(768, path=ROWS, device=device)
-    state = layer.state_dict()
     theirs = MambaBlock(MambaConfig(d_model=768, n_layers=1)).to(device)
-    theirs.load_state_dict(state)
-    mixer = MambaMixer(TransformersConfig(hidden_size=768, state_size=16, use_mambapy=True), 0).to(device)
-    mixer.load_state_dict(state)
+    config = TransformersConfig(hidden_size=768, state_size=16, use_mambapy=True)
+    mixer = MambaMixer(config, 0).to(device)
+    for other in (theirs, mixer):
+        other.load_state_dict(layer.state_dict())
     order, inverse = ROWS.order.to(device), ROWS.inverse.to(device)
     data = [torch.randn(B, L, 768, device=device).requires_grad_(backward) for _ in range(4)]
 
-    def between(module: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        return lambda x: module(x[:, order])[:, inverse]
+    def contestant(name: str, module: torch.nn.Module, gathers: bool) -> Contender:
+        def run(i: int) -> Tensor:
+            y = module(data[i][:, order])[:, inverse] if gathers else module(data[i])
+            if not backward:
+                return y
+            return torch.autograd.grad(y.square().sum(), [data[i], *module.parameters()])[0]
 
-    def run(module: Any, x: Tensor) -> Any:
-        if not backward:
-            return module(x)
-        parameters = list(layer.parameters()) if module is layer else list(module.owner.parameters())
-        return torch.autograd.grad(module(x).square().sum(), [x, *parameters])
-
-    def named(owner: Any, call: Callable[[Tensor], Tensor]) -> Any:
-        wrapped = SimpleNamespace(owner=owner, call=call)
-        return lambda x: run(_Module(wrapped), x)
+        return Contender(name, run, lambda y: error_of(y, expected))
 
     with torch.set_grad_enabled(backward):
-        first = run(layer, data[0])
-        expected = first if not backward else first[0]
-
-        def check(result: Any) -> float:
-            return error_of(result if not backward else result[0], expected)
-
-        ours = Contender("ours", lambda i: run(layer, data[i]), check)
-        rivals = [
-            Contender("mamba.py", lambda i, f=named(theirs, between(theirs)): f(data[i]), check),
-            Contender("transformers", lambda i, f=named(mixer, between(mixer)): f(data[i]), check),
-        ]
+        expected = contestant("", layer, False).call(0)
+        ours = contestant("ours", layer, False)
+        rivals = [contestant("mamba.py", theirs, True), contestant("transformers", mixer, True)]
         race([ours], len(data), device=device, seconds=seconds)
         for rival in rivals:
             race([rival], 1, device=device, seconds=0, least=3)
     what = "a layer of d_model 768, zigzag" + (", forward and backward" if backward else "")
     return Row("zigzag_mamba_inner", what, (B, L, 768), torch.float32, ours.ms, ours.error, rivals=rivals)
-
-
-class _Module:
-    """A callable that knows whose parameters it uses."""
-
-    def __init__(self, wrapped: SimpleNamespace) -> None:
-        self.owner, self.call = wrapped.owner, wrapped.call
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.call(x)
