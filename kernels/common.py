@@ -17,13 +17,8 @@ from pydiffuse.layouts import ordered, samples_together
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 WARPS = 4
 CHUNKS = tl.constexpr(4 if INTERPRETED else 512)  # of a row, at most; a power of two
-TYPES = {
-    torch.float32: "fp32",
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.float64: "fp64",
-    torch.int32: "i32",
-}
+TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
+TYPES |= {torch.int32: "i32", torch.int64: "i64"}
 
 
 def inner(function: Any) -> Any:

@@ -6,6 +6,7 @@ tokens. `backends()` says what runs where.
 
 from pydiffuse import _ops, paths
 from pydiffuse._ops import backends, use_backend
+from pydiffuse.adaln import embed_t, gate_residual_modulate, modulate
 from pydiffuse.conv import causal_conv1d
 from pydiffuse.guidance import (
     apg,
@@ -23,6 +24,7 @@ from pydiffuse.guidance import (
     tcfg,
 )
 from pydiffuse.paths import ScanPath
+from pydiffuse.routing import channel_mask, gather_tokens, route, routed_linear, scatter_tokens
 from pydiffuse.scan import selective_scan, selective_state_update, zigzag_mamba_inner
 from pydiffuse.version import __version__
 
@@ -37,14 +39,22 @@ __all__ = [
     "causal_conv1d",
     "cfg",
     "cfg_zero",
+    "channel_mask",
     "combine",
     "compose",
+    "embed_t",
+    "gate_residual_modulate",
+    "gather_tokens",
     "gram",
     "guide",
     "magnitude_aware",
+    "modulate",
     "paths",
     "perp_neg",
     "rescale",
+    "route",
+    "routed_linear",
+    "scatter_tokens",
     "selective_scan",
     "selective_state_update",
     "slerp",

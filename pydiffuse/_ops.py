@@ -24,6 +24,7 @@ _SCAN = (
     " Tensor? initial, Tensor? order, Tensor? offsets, bool softplus"
 )
 _CONV = "Tensor x, Tensor weight, Tensor? bias, Tensor? order, Tensor? offsets, bool silu"
+_MODULATE = "Tensor x, Tensor? branch, Tensor table, Tensor rows, int norm, float eps, bool factors"
 SCHEMAS = {
     "guide": "(Tensor(a!)[] out, Tensor[] preds, Tensor? x, Tensor? history, Tensor? noise, int rule,"
     " float[] params, bool rescaled, Tensor? varied, int[] columns, int emit) -> ()",
@@ -40,6 +41,11 @@ SCHEMAS = {
     "causal_conv1d": f"(Tensor(a!) out, {_CONV}) -> ()",
     "causal_conv1d_backward": "(Tensor(a!) dx, Tensor(b!) dweight, Tensor(c!)? dbias, Tensor dout,"
     f" {_CONV}) -> ()",
+    "modulate": f"(Tensor(a!) y, Tensor(b!)? r, {_MODULATE}) -> ()",
+    "modulate_backward": "(Tensor(a!) dx, Tensor(b!)? dbranch, Tensor(c!) dtable, Tensor dy, Tensor? dr,"
+    f" {_MODULATE}) -> ()",
+    "gather_tokens": "(Tensor(a!) out, Tensor x, Tensor ids, Tensor? gate) -> ()",
+    "scatter_tokens": "(Tensor(a!) out, Tensor? base, Tensor? y, Tensor ids, Tensor? gate) -> ()",
 }
 """Op name -> schema, for both namespaces. The stems that hold them are in `STEMS`."""
 
@@ -47,6 +53,8 @@ STEMS = {
     name: "scan" if name.startswith("selective") else "conv" if "conv" in name else "guidance"
     for name in SCHEMAS
 }
+STEMS |= {"modulate": "adaln", "modulate_backward": "adaln"}
+STEMS |= {"gather_tokens": "routing", "scatter_tokens": "routing"}
 BACKENDS = ("reference", "cpu", "cuda", "triton")
 
 
@@ -65,6 +73,10 @@ _RULE = ("guide", "guide_backward")
 _LINEAR = ("gram", "mix")
 _SCANS = ("selective_scan", "selective_scan_backward")
 _CONVS = ("causal_conv1d", "causal_conv1d_backward")
+_MODULATIONS = ("modulate", "modulate_backward")
+_TOKENS = ("gather_tokens", "scatter_tokens")
+_NO_CUDA = ("reference", "cpu", "triton")  # a GPU runs them in Triton
+_COMPOSED = ("reference",)  # a few small operations of torch, the same on every device
 PUBLIC = {
     op.name: op
     for op in (
@@ -82,6 +94,14 @@ PUBLIC = {
         Op("selective_state_update", "scan", ("selective_state_update",)),
         Op("zigzag_mamba_inner", "scan", _SCANS),
         Op("causal_conv1d", "conv", _CONVS),
+        Op("modulate", "adaln", _MODULATIONS, _NO_CUDA),
+        Op("gate_residual_modulate", "adaln", _MODULATIONS, _NO_CUDA),
+        Op("embed_t", "adaln", (), _COMPOSED),
+        Op("gather_tokens", "routing", _TOKENS, _NO_CUDA),
+        Op("scatter_tokens", "routing", _TOKENS, _NO_CUDA),
+        Op("routed_linear", "routing", _TOKENS, _NO_CUDA),
+        Op("route", "routing", (), _COMPOSED),
+        Op("channel_mask", "routing", (), _COMPOSED),
     )
 }
 """Every public op: where it lives, which kernels it calls, which backends it declares."""
@@ -190,6 +210,10 @@ def forced_reference() -> bool:
 _SERVES = {"cpu": ("cpu",), "cuda": ("cuda",), "triton": ("cuda", "cpu")}
 
 
+def _declared(op: str) -> tuple[str, ...]:
+    return PUBLIC[op].backends if op in PUBLIC else BACKENDS
+
+
 def ops_for(op: str, tensor: Tensor) -> Any:
     """The namespace that serves `tensor`: torch.ops.pydiffuse or torch.ops.pydiffuse_triton."""
     device = tensor.device.type
@@ -197,7 +221,8 @@ def ops_for(op: str, tensor: Tensor) -> Any:
     if backend is None:
         if device == "cpu" and built:
             return torch.ops.pydiffuse
-        backend = "cpu" if device == "cpu" else "cuda" if built_cuda else "triton"
+        gpu = "cuda" if built_cuda and "cuda" in _declared(op) else "triton"
+        backend = "cpu" if device == "cpu" else gpu
         if device not in ("cpu", "cuda"):
             raise NotImplementedError(
                 f"{op}: no kernel for device {device!r}; accepted: cpu, cuda; or use_backend('reference')"
@@ -205,6 +230,8 @@ def ops_for(op: str, tensor: Tensor) -> Any:
         missing = _missing(backend)
         if missing:
             raise RuntimeError(f"{op}: backend {backend!r} is not available: {missing}")
+    elif backend not in _declared(op):
+        raise ValueError(f"{op}: backend {backend!r} was asked for; it has {', '.join(_declared(op))}")
     elif device not in _SERVES[backend]:
         raise ValueError(
             f"{op}: backend {backend!r} was asked for, but the tensors are on {device!r};"

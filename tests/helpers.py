@@ -29,19 +29,27 @@ def run(case: Case, arguments: Any, backend: str) -> list[Tensor]:
 
 
 def doubled(arguments: Any) -> Any:
-    return tree_map(lambda t: t.detach().double() if isinstance(t, Tensor) else t, arguments)
+    return tree_map(lambda t: t.detach().double() if _real(t) else t, arguments)
+
+
+def _real(t: Any) -> bool:
+    return isinstance(t, Tensor) and t.is_floating_point()
+
+
+def _continuous(t: Any) -> bool:
+    return isinstance(t, Tensor) and (t.is_floating_point() or t.is_complex())
 
 
 def values_and_gradients(case: Case, arguments: Any, backend: str) -> tuple[list[Tensor], list[Tensor]]:
     """Results, and the gradients of sum_i <w_i, result_i> with fixed w for every tensor argument."""
-    copies = tree_map(lambda t: t.detach().requires_grad_() if isinstance(t, Tensor) else t, arguments)
+    copies = tree_map(lambda t: t.detach().requires_grad_() if _continuous(t) else t, arguments)
     results = run(case, copies, backend)
     loss = torch.zeros((), dtype=torch.float64, device=results[0].device)
     generator = torch.Generator().manual_seed(7)
     for result in results:
         weight = torch.randn(result.shape, generator=generator, dtype=torch.float64).to(result.device)
         loss = loss + (weight * result.double()).sum()
-    inputs = leaves(copies)
+    inputs = [t for t in leaves(copies) if t.requires_grad]
     needed = loss.requires_grad  # not where there are no elements
     gradients = torch.autograd.grad(loss, inputs, allow_unused=True) if needed else [None] * len(inputs)
     return results, [

@@ -39,13 +39,14 @@ def test_every_declared_backend_has_its_room(op):
     }
     for backend in op.backends:
         assert (ROOT / rooms[backend]).exists(), f"{op.name} declares {backend}"
-    assert callable(importlib.import_module(f"pydiffuse.kernels.{op.stem}").compile_cases)
+    if "triton" in op.backends:
+        assert callable(importlib.import_module(f"pydiffuse.kernels.{op.stem}").compile_cases)
     for kernel in op.kernels:
         registered = torch._C._dispatch_has_kernel_for_dispatch_key
         assert registered(f"pydiffuse::{kernel}", "CPU")
         assert registered(f"pydiffuse_triton::{kernel}", "CUDA")
         assert callable(getattr(importlib.import_module(f"pydiffuse.kernels.{op.stem}"), kernel))
-        for door in ("csrc/torch", "csrc/cuda"):
+        for door in ("csrc/torch", "csrc/cuda")[: 1 + ("cuda" in op.backends)]:
             sources = "".join(p.read_text() for p in sorted((ROOT / door).glob(f"{op.stem}*")))
             assert f'm.impl("{kernel}"' in sources, f"{door} registers no {kernel}"
     assert any(case.op == op.name for case in CASES), f"no case of {op.name} in the table"
@@ -156,6 +157,8 @@ def test_lower_cpu_capabilities(capability):
         "-p",
         "no:cacheprovider",
         "tests/test_guidance.py",
+        "tests/test_adaln.py",
+        "tests/test_routing.py",
         "-k",
         chosen,
     ]

@@ -20,10 +20,7 @@ inline const GuidanceKernels& guidance_kernels() {
   return pydiffuse_guidance_default;
 }
 
-// Below this many elements a thread is not worth waking; above this many bytes written, an output
-// will be gone from the caches before anyone reads it, so its lines are not fetched for writing.
-constexpr int64_t GRAIN = 32768;
-constexpr int64_t STREAM_BYTES = int64_t(4) << 20;
+constexpr int64_t GRAIN = 32768;  // below this many elements a thread is not worth waking
 
 inline int64_t chunks_of(int64_t n) { return (n + CHUNK - 1) / CHUNK; }
 inline int64_t grain_of(int64_t n, int64_t tensors) {

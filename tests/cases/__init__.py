@@ -1,5 +1,12 @@
 """Every op's cases."""
 
-from tests.cases import conv, guidance, scan
+from tests.cases import adaln, conv, guidance, routing, scan
 
-CASES = [*guidance.CASES, *scan.CASES, *scan.STEPS, *conv.CASES]
+CASES = [
+    *guidance.CASES,
+    *scan.CASES,
+    *scan.STEPS,
+    *conv.CASES,
+    *adaln.CASES,
+    *routing.CASES,
+]
