@@ -1,0 +1,31 @@
+// The torch door of the causal convolution on CUDA. Schemas stand in pydiffuse/_ops.py.
+#include "../torch/conv_args.h"
+#include "conv.cuh"
+
+namespace pydiffuse {
+namespace {
+
+void causal_conv1d_cuda(const Tensor& out, const Tensor& x, const Tensor& weight,
+                        const MaybeTensor& bias, const MaybeTensor& order,
+                        const MaybeTensor& offsets, bool silu) {
+  ScanLaunch on("causal_conv1d", x);
+  run_conv(on, conv_call(out, {x, weight, bias, order, offsets, silu}));
+}
+
+void causal_conv1d_backward_cuda(const Tensor& dx, const Tensor& dweight, const MaybeTensor& dbias,
+                                 const Tensor& dout, const Tensor& x, const Tensor& weight,
+                                 const MaybeTensor& bias, const MaybeTensor& order,
+                                 const MaybeTensor& offsets, bool silu) {
+  ScanLaunch on("causal_conv1d_backward", x);
+  run_conv_backward(
+      on, conv_backward_call({dx, dweight, dbias}, dout, {x, weight, bias, order, offsets, silu}));
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(pydiffuse, CUDA, m) {
+  m.impl("causal_conv1d", TORCH_BOX(&causal_conv1d_cuda));
+  m.impl("causal_conv1d_backward", TORCH_BOX(&causal_conv1d_backward_cuda));
+}
+
+}  // namespace pydiffuse
