@@ -51,7 +51,10 @@ def values_and_gradients(case: Case, arguments: Any, backend: str) -> tuple[list
         loss = loss + (weight * result.double()).sum()
     inputs = [t for t in leaves(copies) if t.requires_grad]
     needed = loss.requires_grad  # not where there are no elements
-    gradients = torch.autograd.grad(loss, inputs, allow_unused=True) if needed else [None] * len(inputs)
+    with pydiffuse.use_backend(backend):  # it is chosen anew where the backward runs
+        gradients = (
+            torch.autograd.grad(loss, inputs, allow_unused=True) if needed else [None] * len(inputs)
+        )
     return results, [
         torch.zeros_like(t) if g is None else g for t, g in zip(inputs, gradients, strict=True)
     ]

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 import pydiffuse
+from tests.cases import conv, scan
 from tests.cases.guidance import CASES
-from tests.helpers import arguments, leaves, run
+from tests.cases.scan import ScanMaker, Size
+from tests.helpers import arguments, leaves, run, values_and_gradients
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU")
 BACKENDS = ["cuda", "triton"]
@@ -57,4 +59,60 @@ def test_sanitize(backend, shape, dtype):
         torch.autograd.grad(y.float().sum(), (c, u, x))
         pydiffuse.combine([c, u, x], torch.rand(3, device="cuda"))
         pydiffuse.gram([c, u, x, c, u], sums=True)
+    torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize("case", [*scan.CASES, *conv.CASES], ids=lambda case: case.id)
+@by_backend
+def test_scans_in_a_graph(case, backend):
+    """Forward and, on new data, a replay; L of several chunks."""
+    given = case.make(ScanMaker(Size(2, 96, 200, 16), device="cuda"))
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        run(case, given, backend)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = run(case, given, backend)
+    for t in leaves(given):
+        t.mul_(0.5)
+    graph.replay()
+    torch.cuda.synchronize()
+    for a, b in zip(results, run(case, given, backend), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_chunks_apart_and_one_walk_give_the_same_bits():
+    """The batch decides how time is cut, the bits do not change."""
+    t = ScanMaker(Size(1, 128, 500, 16), device="cuda")
+    (u, delta, A, B, C, D, z, bias, softplus), kwargs = scan.scan(t, path=t.path())
+    expected = pydiffuse.selective_scan(u, delta, A, B, C, D, z, bias, softplus, **kwargs)
+    many = [x.expand(300, -1, -1) for x in (u, delta, B, C, z)]
+    y = pydiffuse.selective_scan(
+        many[0], many[1], A, many[2], many[3], D, many[4], bias, softplus, **kwargs
+    )
+    assert all(torch.equal(row, expected[0]) for row in y)
+
+
+def test_decays_stay_accurate_over_long_rows():
+    """2^x by the special function unit, 4,096 steps of a decay close to 1."""
+    B, D, L, N = 1, 32, 4096, 16
+    t = ScanMaker(Size(B, D, L, N), device="cuda")
+    args = t.tokens(), torch.full((B, D, L), 1e-3, device="cuda"), -torch.rand(D, N, device="cuda") * 16
+    args = (*args, t.weights(), t.weights())
+    with pydiffuse.use_backend("reference"):
+        expected = pydiffuse.selective_scan(*(a.double() for a in args))
+    for backend in BACKENDS:
+        with pydiffuse.use_backend(backend):
+            y = pydiffuse.selective_scan(*args)
+        assert ((y - expected).norm() / expected.norm()).item() <= 1e-5
+
+
+@by_backend
+@pytest.mark.parametrize("case", [*scan.CASES, *conv.CASES], ids=lambda case: case.id)
+def test_sanitize_scans(backend, case):
+    """Small cases of every kernel, forward and backward, for compute-sanitizer."""
+    for layout in ("bdl", "bld"):
+        for size in (Size(2, 21, 70, 5), Size(1, 66, 9, 40)):
+            values_and_gradients(case, case.make(ScanMaker(size, device="cuda", layout=layout)), backend)
     torch.cuda.synchronize()

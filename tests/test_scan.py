@@ -148,6 +148,23 @@ def test_threads_change_nothing(case):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.parametrize("there, back", [BACKENDS, BACKENDS[::-1]], ids=str)
+def test_forward_here_and_backward_there(there, back):
+    """What one backend saves, every other can read."""
+    case = next(c for c in CASES if c.name == "sequences")
+    given = arguments(case, Size(1, 6, 70, 4))
+    copies = tree_map(lambda t: t.requires_grad_() if isinstance(t, torch.Tensor) else t, given)
+    results = run(case, copies, there)
+    weights = [torch.randn_like(r) for r in results]
+    with pydiffuse.use_backend(back):
+        found = torch.autograd.grad(results, leaves(copies), weights)
+    wide = tree_map(lambda t: t.requires_grad_() if isinstance(t, torch.Tensor) else t, doubled(given))
+    expected = torch.autograd.grad(
+        run(case, wide, "reference"), leaves(wide), [w.double() for w in weights]
+    )
+    assert_close(found, expected, torch.float32, "grad")
+
+
 def test_layouts_give_the_same_bits():
     t = ScanMaker(Size(2, 70, 100, 16), device=DEVICE)
     (u, delta, A, B, C, D, z, bias, softplus), kwargs = next(c for c in CASES if c.name == "mamba").make(

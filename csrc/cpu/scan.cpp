@@ -58,24 +58,23 @@ void scan_tile(const ScanArgs& s, const ScanTile<TILE>& tile, const Tensors& row
              store(dt + l * WIDTH, t);
              store(du + l * WIDTH, t * x);
            });
+  const auto restart = [&](const Run& run) {
+    if (call.initial)
+      rows_to_lanes(call.initial + state_index(call, b, run.sequence, k, channel), call.states, lanes,
+                    call.states, s.rows, 1.0f, h);
+    else
+      std::fill(h, h + states, 0.0f);
+  };
+  if (tile.first == 0) restart(tile.run[0]);
   if (call.chunks && tile.first % SCAN_CHUNK == 0) {
     float* saved = chunk_state(call, b, k, tile.first / SCAN_CHUNK, channel);
-    for (int n = 0; n < call.states; ++n)
-      if (lanes == WIDTH)
-        store(saved + n * WIDTH, load<vfloat>(h + n * WIDTH));
-      else
-        std::copy(h + n * WIDTH, h + n * WIDTH + lanes, saved + n * lanes);
+    lanes_to_rows(h, call.states, lanes, call.states, saved);
   }
   const Ahead ahead(tile.next, tile.wraps, rows.u, rows.delta, rows.z, rows.out);
   for (int r = 0; r < tile.runs; ++r) {
     const Run& run = tile.run[r];
     const int64_t state = state_index(call, b, run.sequence, k, channel);
-    if (run.starts) {
-      if (call.initial)
-        rows_to_lanes(call.initial + state, call.states, lanes, call.states, s.rows, 1.0f, h);
-      else
-        std::fill(h, h + states, 0.0f);
-    }
+    if (run.starts && tile.first + r > 0) restart(run);
     with_states(s, [&](auto nb, auto const_b, auto const_c) {
       constexpr int NB = nb;
       for (int n = 0; n < s.rows; n += NB)

@@ -165,15 +165,15 @@ template <int NB>
 void load_start(const ScanCall& call, const Run& run, const Place& at, int64_t chunk, int n,
                 float* to) {
   const int count = std::min(NB, call.states - n);
-  if (run.starts && call.initial) {
-    const float* initial = call.initial + state_index(call, at.b, run.sequence, at.k, at.channel);
-    return rows_to_lanes(initial + n, call.states, at.lanes, count, NB, 1.0f, to);
-  }
-  std::fill(to, to + NB * WIDTH, 0.0f);
-  if (run.starts) return;
-  const float* saved = chunk_state(call, at.b, at.k, chunk, at.channel) + n * at.lanes;
-  for (int i = 0; i < count; ++i)
-    store(to + i * WIDTH, read_lanes<F32>(saved + i * at.lanes, at.lanes));
+  const float* from = nullptr;
+  if (!run.starts)
+    from = chunk_state(call, at.b, at.k, chunk, at.channel);
+  else if (call.initial)
+    from = call.initial + state_index(call, at.b, run.sequence, at.k, at.channel);
+  if (from)
+    rows_to_lanes(from + n, call.states, at.lanes, count, NB, 1.0f, to);
+  else
+    std::fill(to, to + NB * WIDTH, 0.0f);
 }
 
 void backward_tile(const ScanBackwardArgs& a, const ScanTile<TILE>& tile, const Tensors& rows,

@@ -67,7 +67,7 @@ inline int64_t state_index(const ScanCall& call, int64_t b, int64_t sequence, in
          call.states;
 }
 
-// The saved states of WIDTH channels before a chunk, in a layout of our own: [states][lanes].
+// The saved states before a chunk, [.., channels, states], from a channel on.
 inline float* chunk_state(const ScanCall& call, int64_t b, int64_t k, int64_t chunk,
                           int64_t channel) {
   return call.chunks +

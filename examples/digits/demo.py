@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from layer import layer_demo
 from model import CLASSES, NO_CLASS, DigitDiT, load_data, load_model, to_pixels
 from sklearn.datasets import load_digits
 from sklearn.model_selection import StratifiedKFold, cross_val_score
@@ -234,9 +235,10 @@ def main() -> None:
 
     results, digits_agree = digits_demo(args.per_class, args.steps, args.seed)
     video_agrees = video_demo(args.seed)
+    layer_agrees = layer_demo(args.seed)
     draw(results, args.out)
     print(f"\nWrote {args.out}")
-    if not (digits_agree and video_agrees):
+    if not (digits_agree and video_agrees and layer_agrees):
         sys.exit("FAILED: a difference is above its tolerance")
 
 

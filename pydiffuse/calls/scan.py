@@ -6,6 +6,7 @@ and every path runs forward: `reverse` has turned the order, the sequences and t
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -115,7 +116,16 @@ def _offsets(op: str, cu_seqlens: Any, L: int, device: torch.device) -> tuple[Te
         )
     if isinstance(cu_seqlens, Tensor):
         return cu_seqlens.to(device=device, dtype=torch.int32), cu_seqlens.numel() - 1
-    return torch.tensor(values, dtype=torch.int32, device=device), len(cu_seqlens) - 1
+    make = _tensor_of if torch.compiler.is_compiling() else _cached_tensor_of
+    return make(tuple(values or ()), device), len(cu_seqlens) - 1
+
+
+def _tensor_of(values: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=device)
+
+
+# The same object again: no copy to the device within a captured graph.
+_cached_tensor_of = functools.lru_cache(maxsize=64)(_tensor_of)
 
 
 def dense(t: Tensor) -> Tensor:
