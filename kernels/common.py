@@ -18,7 +18,7 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 WARPS = 4
 CHUNKS = tl.constexpr(4 if INTERPRETED else 512)  # of a row, at most; a power of two
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
-TYPES |= {torch.int32: "i32", torch.int64: "i64"}
+TYPES |= {torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8"}
 
 
 def inner(function: Any) -> Any:
@@ -32,7 +32,9 @@ def narrow(y, dtype: tl.constexpr):
     if INTERPRETED:  # it cuts float32 off to bfloat16 instead of rounding
         if dtype == tl.bfloat16:
             bits = y.to(tl.uint32, bitcast=True)
-            y = (bits + 0x7FFF + (bits >> 16 & 1)).to(tl.float32, bitcast=True)
+            # It rounds what is left of a zero to a denormal: nothing may be left.
+            bits = bits + 0x7FFF + (bits >> 16 & 1) & 0xFFFF0000
+            y = bits.to(tl.float32, bitcast=True)
     return y.to(dtype)
 
 

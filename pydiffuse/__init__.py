@@ -4,7 +4,7 @@ Public ops live in `pydiffuse.guidance` and are re-exported here; `pydiffuse.pat
 tokens. `backends()` says what runs where.
 """
 
-from pydiffuse import _ops, paths
+from pydiffuse import _ops, paths, samplers
 from pydiffuse._ops import backends, use_backend
 from pydiffuse.adaln import embed_t, gate_residual_modulate, modulate
 from pydiffuse.conv import causal_conv1d
@@ -22,6 +22,15 @@ from pydiffuse.guidance import (
     slerp,
     superpose,
     tcfg,
+)
+from pydiffuse.patch import (
+    convert,
+    next_t,
+    noise_patches,
+    patch_loss,
+    patch_step,
+    sample_t,
+    select_patches,
 )
 from pydiffuse.paths import ScanPath
 from pydiffuse.routing import channel_mask, gather_tokens, route, routed_linear, scatter_tokens
@@ -42,6 +51,7 @@ __all__ = [
     "channel_mask",
     "combine",
     "compose",
+    "convert",
     "embed_t",
     "gate_residual_modulate",
     "gather_tokens",
@@ -49,12 +59,19 @@ __all__ = [
     "guide",
     "magnitude_aware",
     "modulate",
+    "next_t",
+    "noise_patches",
+    "patch_loss",
+    "patch_step",
     "paths",
     "perp_neg",
     "rescale",
     "route",
     "routed_linear",
+    "sample_t",
+    "samplers",
     "scatter_tokens",
+    "select_patches",
     "selective_scan",
     "selective_state_update",
     "slerp",

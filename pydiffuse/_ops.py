@@ -19,42 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_SCAN = (
-    "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias,"
-    " Tensor? initial, Tensor? order, Tensor? offsets, bool softplus"
-)
-_CONV = "Tensor x, Tensor weight, Tensor? bias, Tensor? order, Tensor? offsets, bool silu"
-_MODULATE = "Tensor x, Tensor? branch, Tensor table, Tensor rows, int norm, float eps, bool factors"
-SCHEMAS = {
-    "guide": "(Tensor(a!)[] out, Tensor[] preds, Tensor? x, Tensor? history, Tensor? noise, int rule,"
-    " float[] params, bool rescaled, Tensor? varied, int[] columns, int emit) -> ()",
-    "guide_backward": "(Tensor(a!)[] dpreds, Tensor(b!)? dvaried, Tensor grad, Tensor[] preds,"
-    " int rule, float[] params, bool rescaled, Tensor? varied, int[] columns) -> ()",
-    "mix": "(Tensor(a!)[] out, Tensor[] terms, Tensor matrix, Tensor? shift) -> ()",
-    "gram": "(Tensor(a!) out, Tensor(b!)? sums, Tensor[] preds) -> ()",
-    "selective_scan": f"(Tensor(a!) out, Tensor(b!)? last, Tensor(c!)? chunks, {_SCAN}) -> ()",
-    "selective_scan_backward": "(Tensor(a!) du, Tensor(b!) ddelta, Tensor(c!) dA, Tensor(d!) dB, Tensor(e!) dC,"
-    " Tensor(f!)? dD, Tensor(g!)? dz, Tensor(h!)? ddelta_bias, Tensor(i!)? dinitial,"
-    f" Tensor dout, Tensor? dlast, Tensor chunks, {_SCAN}) -> ()",
-    "selective_state_update": "(Tensor(a!) out, Tensor(b!) state, Tensor x, Tensor dt, Tensor A, Tensor B,"
-    " Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, bool softplus) -> ()",
-    "causal_conv1d": f"(Tensor(a!) out, {_CONV}) -> ()",
-    "causal_conv1d_backward": "(Tensor(a!) dx, Tensor(b!) dweight, Tensor(c!)? dbias, Tensor dout,"
-    f" {_CONV}) -> ()",
-    "modulate": f"(Tensor(a!) y, Tensor(b!)? r, {_MODULATE}) -> ()",
-    "modulate_backward": "(Tensor(a!) dx, Tensor(b!)? dbranch, Tensor(c!) dtable, Tensor dy, Tensor? dr,"
-    f" {_MODULATE}) -> ()",
-    "gather_tokens": "(Tensor(a!) out, Tensor x, Tensor ids, Tensor? gate) -> ()",
-    "scatter_tokens": "(Tensor(a!) out, Tensor? base, Tensor? y, Tensor ids, Tensor? gate) -> ()",
-}
-"""Op name -> schema, for both namespaces. The stems that hold them are in `STEMS`."""
+from pydiffuse._schemas import SCHEMAS, STEMS
 
-STEMS = {
-    name: "scan" if name.startswith("selective") else "conv" if "conv" in name else "guidance"
-    for name in SCHEMAS
-}
-STEMS |= {"modulate": "adaln", "modulate_backward": "adaln"}
-STEMS |= {"gather_tokens": "routing", "scatter_tokens": "routing"}
 BACKENDS = ("reference", "cpu", "cuda", "triton")
 
 
@@ -75,8 +41,9 @@ _SCANS = ("selective_scan", "selective_scan_backward")
 _CONVS = ("causal_conv1d", "causal_conv1d_backward")
 _MODULATIONS = ("modulate", "modulate_backward")
 _TOKENS = ("gather_tokens", "scatter_tokens")
-_NO_CUDA = ("reference", "cpu", "triton")  # a GPU runs them in Triton
+_NO_CUDA = ("reference", "cpu", "triton")  # on a GPU, Triton: bound by memory, it has nothing to gain
 _COMPOSED = ("reference",)  # a few small operations of torch, the same on every device
+_MIX_PATCHES = ("mix_patches",)
 PUBLIC = {
     op.name: op
     for op in (
@@ -102,6 +69,13 @@ PUBLIC = {
         Op("routed_linear", "routing", _TOKENS, _NO_CUDA),
         Op("route", "routing", (), _COMPOSED),
         Op("channel_mask", "routing", (), _COMPOSED),
+        Op("noise_patches", "patch", _MIX_PATCHES, _NO_CUDA),
+        Op("patch_step", "patch", _MIX_PATCHES, _NO_CUDA),
+        Op("convert", "patch", _MIX_PATCHES, _NO_CUDA),
+        Op("patch_loss", "patch", ("patch_loss", "mix_patches"), _NO_CUDA),
+        Op("select_patches", "patch", ("select_patches",), _NO_CUDA),
+        Op("sample_t", "patch", (), _COMPOSED),
+        Op("next_t", "patch", (), _COMPOSED),
     )
 }
 """Every public op: where it lives, which kernels it calls, which backends it declares."""
@@ -201,6 +175,10 @@ def backends() -> dict[str, dict[str, str]]:
     """What runs where: op -> backend -> "ready", or what is missing and how to get it."""
     state = {backend: _missing(backend) or "ready" for backend in BACKENDS}
     return {op: {backend: state[backend] for backend in row.backends} for op, row in PUBLIC.items()}
+
+
+def forced() -> str | None:
+    return _forced
 
 
 def forced_reference() -> bool:

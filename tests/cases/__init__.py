@@ -1,6 +1,6 @@
 """Every op's cases."""
 
-from tests.cases import adaln, conv, guidance, routing, scan
+from tests.cases import adaln, conv, guidance, patch, routing, scan
 
 CASES = [
     *guidance.CASES,
@@ -9,4 +9,5 @@ CASES = [
     *conv.CASES,
     *adaln.CASES,
     *routing.CASES,
+    *patch.CASES,
 ]

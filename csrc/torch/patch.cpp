@@ -1,0 +1,150 @@
+// The torch door of patches on the CPU. Schemas stand in pydiffuse/_ops.py.
+#include "../cpu/patch_call.h"
+#include "tensors.h"
+
+namespace pydiffuse {
+namespace {
+
+using Ints = std::vector<int64_t>;
+
+Grid grid_of(const char* op, const Ints& flat) {
+  STD_TORCH_CHECK(flat.size() == 7, op, ": grid takes 4 sizes and 3 of a patch");
+  Grid g{flat[0], {flat[1], flat[2], flat[3]}, {flat[4], flat[5], flat[6]}};
+  for (int d = 0; d < 3; ++d)
+    STD_TORCH_CHECK(g.patch[d] > 0 ? g.size[d] % g.patch[d] == 0 : g.size[d] == 0, op,
+                    ": patch_size must divide the image");
+  return g;
+}
+
+Rows image(const char* op, const Tensor& t, const Grid& g, int64_t batch) {
+  STD_TORCH_CHECK(t.is_contiguous() && t.numel() == batch * g.elements(), op,
+                  ": images must be contiguous, of one shape that fits the grid");
+  return {t.data_ptr(), g.elements(), dtype_of(op, t)};
+}
+
+void check_table(const char* op, const Tensor& t, ScalarType dtype, int64_t batch,
+                 int64_t columns) {
+  STD_TORCH_CHECK(
+      t.scalar_type() == dtype && t.dim() == 2 && t.size(0) == batch && t.size(1) == columns, op,
+      ": tables must have one value for each of the ", columns, " patches");
+}
+
+Table table(const char* op, const Tensor& t, int64_t batch, int64_t patches) {
+  check_table(op, t, ScalarType::Float, batch, patches);
+  return {static_cast<const float*>(t.data_ptr()), {t.stride(0), t.stride(1)}};
+}
+
+template <class T>
+T* plane(const char* op, const MaybeTensor& t, ScalarType dtype, int64_t batch, int64_t patches) {
+  if (!t) return nullptr;
+  check_table(op, *t, dtype, batch, patches);
+  STD_TORCH_CHECK(t->is_contiguous(), op, ": masks and what is written must be contiguous");
+  return static_cast<T*>(t->data_ptr());
+}
+
+void check_levels(const char* op, const char* argument, const Table& t, int64_t batch,
+                  int64_t patches) {
+  STD_TORCH_CHECK(patch_kernels().within(t, batch, patches), op, ": ", argument,
+                  " holds a value outside [0, 1] or NaN; accepted: 0 (noise) to 1 (data)");
+}
+
+const char* name_of(Method method) {
+  if (method <= Method::multistep) return "patch_step";
+  if (method == Method::noise) return "noise_patches";
+  return method == Method::convert ? "convert" : "patch_loss";
+}
+
+void mix_patches_cpu(const Tensors& out, const MaybeTensor& arrived, const Tensors& terms,
+                     const Tensor& t, const MaybeTensor& next, const MaybeTensor& last,
+                     const MaybeTensor& mask, const MaybeTensor& scales, const Ints& grid,
+                     const Ints& rule, const std::vector<double>& numbers, bool transposed) {
+  STD_TORCH_CHECK(rule.size() == 6 && numbers.size() == 2,
+                  "mix_patches: takes 6 codes and 2 numbers");
+  const auto in = [](int64_t code, auto count) { return 0 <= code && code < int64_t(count); };
+  STD_TORCH_CHECK(in(rule[0], Method::count) && in(rule[1], Path::count) &&
+                      in(rule[2], Kind::count) && in(rule[3], Kind::count),
+                  "mix_patches: unknown code of a method, path or kind");
+  MixPatchesCall call{};
+  call.rule = {Method(rule[0]), Path(rule[1]), Kind(rule[2]), Kind(rule[3]), numbers[1]};
+  const char* op = name_of(call.rule.method);
+  call.grid = grid_of(op, grid);
+  const int64_t batch = call.batch = t.size(0), patches = call.grid.patches();
+  call.transposed = transposed;
+
+  // Bits of rule[4] and rule[5] say which places of the matrix the tensors stand for.
+  const auto places = [&](const Tensors& tensors, int64_t set, int count, Rows* rows, int* place) {
+    int n = 0;
+    for (int i = 0; i < count; ++i) {
+      if (!(set >> i & 1)) continue;
+      STD_TORCH_CHECK(n < int(tensors.size()), op, ": too few tensors");
+      rows[n] = image(op, tensors[n], call.grid, batch);
+      place[n++] = i;
+    }
+    STD_TORCH_CHECK(n > 0 && n == int(tensors.size()), op, ": too many tensors, or none");
+    return n;
+  };
+  call.outs = places(out, rule[4], transposed ? TERMS : OUTS, call.out, call.out_place);
+  call.terms = places(terms, rule[5], transposed ? OUTS : TERMS, call.term, call.term_place);
+
+  call.t = table(op, t, batch, patches);
+  if (next) call.next = table(op, *next, batch, patches);
+  if (last) call.last = table(op, *last, batch, patches);
+  STD_TORCH_CHECK(next || call.rule.method == Method::noise || call.rule.method == Method::convert,
+                  op, ": a step needs t_next");
+  if (call.rule.method != Method::residual) {
+    check_levels(op, "t", call.t, batch, patches);
+    if (next) check_levels(op, "t_next", call.next, batch, patches);
+  }
+  call.mask = plane<const uint8_t>(op, mask, ScalarType::Bool, batch, patches);
+  call.arrived = plane<float>(op, arrived, ScalarType::Float, batch, patches);
+  call.scale = float(numbers[0]);
+  if (scales) {
+    STD_TORCH_CHECK(scales->scalar_type() == ScalarType::Float && scales->is_contiguous() &&
+                        scales->numel() == batch,
+                    op, ": scale must be a number or contiguous float32, one per sample");
+    call.scales = static_cast<const float*>(scales->data_ptr());
+  }
+  mix_patches(call, TorchThreads{});
+}
+
+void patch_loss_cpu(const Tensor& loss, const Tensor& errors, const Tensor& pred,
+                    const Tensor& target, const MaybeTensor& logvar, const MaybeTensor& weight,
+                    double nll, const Ints& grid) {
+  const char* op = "patch_loss";
+  PatchLossCall call{};
+  call.grid = grid_of(op, grid);
+  const int64_t batch = call.batch = loss.numel(), patches = call.grid.patches();
+  call.pred = image(op, pred, call.grid, batch);
+  call.target = image(op, target, call.grid, batch);
+  call.logvar = plane<const float>(op, logvar, ScalarType::Float, batch, patches);
+  call.weight = plane<const float>(op, weight, ScalarType::Float, batch, patches);
+  call.nll = nll;
+  check_doubles(op, loss, batch);
+  check_doubles(op, errors, batch * patches);
+  call.loss = static_cast<double*>(loss.data_ptr());
+  call.errors = static_cast<double*>(errors.data_ptr());
+  patch_loss(call, TorchThreads{});
+}
+
+void select_patches_cpu(const Tensor& ids, const Tensor& rest, const Tensor& score) {
+  const char* op = "select_patches";
+  STD_TORCH_CHECK(score.dim() == 2 && score.scalar_type() == ScalarType::Float &&
+                      score.is_contiguous() && ids.dim() == 2,
+                  op, ": score must be contiguous float32 [B, N]");
+  SelectCall call{score.size(0), score.size(1), ids.size(1), nullptr, nullptr, nullptr, nullptr};
+  STD_TORCH_CHECK(call.k <= call.patches, op, ": k exceeds the number of patches");
+  call.score = static_cast<const float*>(score.data_ptr());
+  call.ids = plane<int64_t>(op, ids, ScalarType::Long, call.batch, call.k);
+  call.rest = plane<int64_t>(op, rest, ScalarType::Long, call.batch, call.patches - call.k);
+  select_patches(call, TorchThreads{});
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(pydiffuse, CPU, m) {
+  m.impl("mix_patches", TORCH_BOX(&mix_patches_cpu));
+  m.impl("patch_loss", TORCH_BOX(&patch_loss_cpu));
+  m.impl("select_patches", TORCH_BOX(&select_patches_cpu));
+}
+
+}  // namespace pydiffuse

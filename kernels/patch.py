@@ -1,0 +1,375 @@
+"""Patches in Triton: combinations whose coefficients are constant per patch, losses, selection.
+
+mix_patches_kernel  a program owns a block of a sample's elements, in the order of memory; every element
+                    finds its patch by division, loads its levels (neighbours share them: they come from
+                    the cache) and computes its coefficients in registers.
+errors_kernel       a program owns some patches; a patch's elements are added in blocks of fixed places.
+loss_kernel         one program per sample adds its patches.
+select_kernel       one program per sample: the k-th highest score bit by bit, then one pass in order.
+
+Levels outside [0, 1] make their patch NaN: looking at them ahead of the launch would be a sync.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pydiffuse.autograd.patch import HISTORY, X
+from pydiffuse.grids import CONVERT, METHODS, NOISE, RESIDUAL
+from pydiffuse.kernels.common import WARPS, Case, Launch, cdiv, check_doubles, inner, narrow, run
+from pydiffuse.kernels.patch_rules import coefficients
+
+BLOCK = 1024
+MULTISTEP, RESIDUAL_OF = tl.constexpr(METHODS.index("multistep")), tl.constexpr(RESIDUAL)
+
+
+@triton.jit
+def mix_patches_kernel(
+    outs,  # each [B, n]
+    terms,
+    arrived,  # [B, N], or None
+    t,  # tables [B, N] with strides
+    t_next,
+    t_last,
+    mask,  # [B, N] bytes, or None
+    scales,  # [B], or None
+    strides,  # of t, t_next, t_last
+    scale,
+    eta,
+    n,
+    blocks,
+    sizes,  # channels, planes, rows, columns
+    patch,  # planes, rows, columns
+    METHOD: tl.constexpr,
+    PATH: tl.constexpr,
+    SOURCE: tl.constexpr,
+    TARGET: tl.constexpr,
+    PLACES: tl.constexpr,  # per output and term: its coefficient of those ten, or -1
+    KEPT: tl.constexpr,  # per output: the term that takes over where a patch stays, or -1
+    WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    program = tl.program_id(0)
+    sample = (program // blocks).to(tl.int64)
+    e = (program % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    live = e < n
+    if not WIDE:
+        e = e.to(tl.int32)
+    _, planes, rows, columns = sizes
+    column, up = e % columns, e // columns
+    row, up = up % rows, up // rows
+    plane, channel = up % planes, up // planes
+    at = (plane // patch[0] * (rows // patch[1]) + row // patch[1]) * (columns // patch[2])
+    at = (at + column // patch[2]).to(tl.int64)
+    count = (planes // patch[0]).to(tl.int64) * (rows // patch[1]) * (columns // patch[2])
+
+    now = tl.load(t + sample * strides[0] + at * strides[1], mask=live, other=0.5)
+    valid = live
+    following, before = now, now
+    if METHOD != RESIDUAL_OF:
+        valid = (now >= 0) & (now <= 1)
+    if t_next is not None:
+        following = tl.load(t_next + sample * strides[2] + at * strides[3], mask=live, other=0.5)
+        if METHOD != RESIDUAL_OF:
+            valid = valid & (following >= 0) & (following <= 1)
+    if t_last is not None:
+        before = tl.load(t_last + sample * strides[4] + at * strides[5], mask=live, other=0.5)
+    stays = e < 0
+    if METHOD <= MULTISTEP:
+        stays = now == following
+        if mask is not None:
+            stays = stays | (tl.load(mask + sample * count + at, mask=live, other=0) == 0)
+    w = scale
+    if scales is not None:
+        w = tl.load(scales + sample)
+    c = coefficients(now, following, before, w, eta, METHOD, PATH, SOURCE, TARGET)
+
+    x = ()
+    for m in tl.static_range(len(terms)):
+        x = x + (tl.load(terms[m] + sample * n + e, mask=live, other=0.0).to(tl.float32),)
+    results = ()
+    for j in tl.static_range(len(outs)):
+        y = tl.full([BLOCK], -0.0, tl.float32)  # -0 + y = y, always
+        kept = tl.zeros([BLOCK], tl.float32)
+        for m in tl.static_range(len(terms)):
+            if PLACES[j * len(terms) + m] >= 0:
+                y += c[PLACES[j * len(terms) + m]] * x[m]
+        if KEPT[j] >= 0:
+            kept = x[KEPT[j]]
+        results = results + (tl.where(valid, tl.where(stays, kept, y), float("nan")),)
+    if len(outs) > 1:  # another thread may still have to read what this one overwrites
+        tl.debug_barrier()
+    for j in tl.static_range(len(outs)):
+        tl.store(outs[j] + sample * n + e, narrow(results[j], outs[j].dtype.element_ty), mask=live)
+    if arrived is not None:
+        first = (
+            (column % patch[2] == 0) & (row % patch[1] == 0) & (plane % patch[0] == 0) & (channel == 0)
+        )
+        there = tl.where(valid, tl.where(stays, now, following), float("nan"))
+        tl.store(arrived + sample * count + at, there, mask=live & first)
+
+
+@triton.jit
+def errors_kernel(
+    errors,  # [B, N] float64
+    pred,
+    target,
+    n,
+    count,
+    blocks,
+    per_patch,
+    sizes,
+    patch,
+    PATCHES: tl.constexpr,
+    ELEMENTS: tl.constexpr,
+):
+    program = tl.program_id(0)
+    sample = (program // blocks).to(tl.int64)
+    p = program % blocks * PATCHES + tl.arange(0, PATCHES)
+    _, planes, rows, columns = sizes
+    across, down = columns // patch[2], rows // patch[1]
+    corner = (p // across // down * patch[0]).to(tl.int64) * rows + p // across % down * patch[1]
+    corner = corner * columns + p % across * patch[2]
+    total = tl.zeros([PATCHES], tl.float64)
+    for start in range(0, per_patch, ELEMENTS):
+        k = start + tl.arange(0, ELEMENTS)
+        column, up = k % patch[2], k // patch[2]
+        row, up = up % patch[1], up // patch[1]
+        plane, channel = up % patch[0], up // patch[0]
+        place = (channel.to(tl.int64) * planes + plane) * rows + row
+        place = place * columns + column
+        live = (p < count)[:, None] & (k < per_patch)[None, :]
+        at = sample * n + corner[:, None] + place[None, :]
+        a = tl.load(pred + at, mask=live, other=0.0).to(tl.float32)
+        b = tl.load(target + at, mask=live, other=0.0).to(tl.float32)
+        total += tl.sum((a - b) * (a - b), 1).to(tl.float64)
+    tl.store(errors + sample * count + p, total, mask=p < count)
+
+
+@triton.jit
+def loss_kernel(
+    loss,  # [B] float64
+    errors,  # [B, N] float64
+    logvar,  # [B, N] float32, or None
+    weight,
+    nll,
+    count,
+    per_patch,
+    BLOCK: tl.constexpr,
+):
+    sample = tl.program_id(0).to(tl.int64)
+    total = tl.zeros([BLOCK], tl.float64)
+    for start in range(0, count, BLOCK):
+        p = start + tl.arange(0, BLOCK)
+        at = sample * count + p
+        each = tl.load(errors + at, mask=p < count, other=0.0)
+        if logvar is not None:
+            l = tl.load(logvar + at, mask=p < count, other=0.0).to(tl.float64)
+            sure = per_patch * (1.8378770664093453 + l) + each * tl.exp(-l)
+            each += tl.where(p < count, 0.5 * nll * sure, 0.0)
+        if weight is not None:
+            each *= tl.load(weight + at, mask=p < count, other=0.0).to(tl.float64)
+        total += each
+    tl.store(loss + sample, tl.sum(total, 0))
+
+
+@inner
+def keys(score, p, count):
+    # Scores as integers in the same order: -0 is 0, NaN is below all numbers, no patch below NaN.
+    s = tl.load(score + p, mask=p < count, other=0.0)
+    u = tl.where(s == 0, 0.0, s).to(tl.uint32, bitcast=True).to(tl.int64)
+    key = tl.where(u >= 0x80000000, 0xFFFFFFFF - u, u + 0x80000000)
+    return tl.where(p < count, tl.where(s != s, 0, key), -1)
+
+
+@triton.jit
+def select_kernel(
+    ids,  # [B, k] int64
+    rest,  # [B, N - k] int64
+    score,  # [B, N] float32
+    k,
+    count,
+    BLOCK: tl.constexpr,
+):
+    sample = tl.program_id(0).to(tl.int64)
+    score += sample * count
+    ids += sample * k
+    rest += sample * (count - k)
+    least = tl.zeros([1], tl.int64)
+    for bit in range(32):
+        more = least + (tl.full([1], 1, tl.int64) << (31 - bit))
+        seen = tl.zeros([1], tl.int32)
+        for start in range(0, count, BLOCK):
+            key = keys(score, start + tl.arange(0, BLOCK), count)
+            seen += tl.sum((key >= more).to(tl.int32), 0)
+        least = tl.where(seen >= k, more, least)
+    ties = tl.full([1], 0, tl.int32) + k  # how many of those equal to the least are chosen
+    for start in range(0, count, BLOCK):
+        key = keys(score, start + tl.arange(0, BLOCK), count)
+        ties -= tl.sum((key > least).to(tl.int32), 0)
+    done = tl.zeros([1], tl.int32)
+    for start in range(0, count, BLOCK):
+        p = start + tl.arange(0, BLOCK)
+        key = keys(score, p, count)
+        equal = (key == least).to(tl.int32)
+        chosen = ((key > least) | ((equal == 1) & (tl.cumsum(equal, 0) <= ties))).to(tl.int32)
+        place = done + tl.cumsum(chosen, 0)
+        tl.store(ids + place - 1, p.to(tl.int64), mask=chosen == 1)
+        tl.store(rest + p - place, p.to(tl.int64), mask=(chosen == 0) & (p < count))
+        ties -= tl.sum(equal, 0)
+        done += tl.sum(chosen, 0)
+
+
+def _matrix(outs: int, terms: int, transposed: bool) -> dict[str, Any]:
+    """Which coefficient stands where: rows are outputs, columns terms, as the bits of both say."""
+    rows, columns = ([i for i in range(5) if mask >> i & 1] for mask in (outs, terms))
+    pairs = [[(m, j) if transposed else (j, m) for m in columns] for j in rows]
+    stay = ((0, X), (1, HISTORY))
+    kept = (next((i for i, pair in enumerate(row) if pair in stay), -1) for row in pairs)
+    # Only a step looks back, and history becomes what was predicted now.
+    places = (5 * j + m if (j, m) != (1, HISTORY) else -1 for row in pairs for j, m in row)
+    return {"PLACES": tuple(places), "KEPT": tuple(kept)}
+
+
+def _images(op: str, tensors: Sequence[Tensor]) -> None:
+    for t in tensors:
+        if not t.is_contiguous() or t.shape != tensors[0].shape:
+            raise ValueError(f"{op}: images must be contiguous and of one shape")
+
+
+def mix_patches_launches(
+    out: Sequence[Tensor],
+    arrived: Tensor | None,
+    terms: Sequence[Tensor],
+    t: Tensor,
+    t_next: Tensor | None,
+    t_last: Tensor | None,
+    mask: Tensor | None,
+    scales: Tensor | None,
+    grid: Sequence[int],
+    rule: Sequence[int],
+    numbers: Sequence[float],
+    transposed: bool,
+) -> list[Launch]:
+    _images("mix_patches", (*out, *terms))
+    n = out[0][0].numel()
+    blocks = cdiv(n, BLOCK)
+    strides: tuple[int, ...] = ()
+    for table in (t, t_next, t_last):
+        strides += (0, 0) if table is None else table.stride()
+    method, path, source, target, outs, present = rule
+    constants = {
+        "METHOD": method,
+        "PATH": path,
+        "SOURCE": source,
+        "TARGET": target,
+        **_matrix(outs, present, transposed),
+        "WIDE": n >= 2**31 - BLOCK,
+        "BLOCK": BLOCK,
+    }
+    args = (
+        tuple(out), tuple(terms), arrived, t, t_next, t_last,
+        None if mask is None else mask.view(torch.uint8), scales, strides,
+        float(numbers[0]), float(numbers[1]), n, blocks, tuple(grid[:4]), tuple(grid[4:]),
+    )  # fmt: skip
+    return [Launch(mix_patches_kernel, len(t) * blocks, args, constants, WARPS)]
+
+
+def patch_loss_launches(
+    loss: Tensor,
+    errors: Tensor,
+    pred: Tensor,
+    target: Tensor,
+    logvar: Tensor | None,
+    weight: Tensor | None,
+    nll: float,
+    grid: Sequence[int],
+) -> list[Launch]:
+    _images("patch_loss", (pred, target))
+    check_doubles("patch_loss", loss, errors)
+    sizes, patch = tuple(grid[:4]), tuple(grid[4:])
+    count, n = errors.shape[1], pred[0].numel()
+    per_patch, patches = n // count, 32
+    blocks = cdiv(count, patches)
+    args = (errors, pred, target, n, count, blocks, per_patch, sizes, patch)
+    tiles = {"PATCHES": patches, "ELEMENTS": 64}
+    last = (loss, errors, logvar, weight, float(nll), count, per_patch)
+    return [
+        Launch(errors_kernel, len(loss) * blocks, args, tiles, WARPS),
+        Launch(loss_kernel, len(loss), last, {"BLOCK": BLOCK}, WARPS),
+    ]
+
+
+def select_patches_launches(ids: Tensor, rest: Tensor, score: Tensor) -> list[Launch]:
+    args = (ids, rest, score, ids.shape[1], score.shape[1])
+    return [Launch(select_kernel, len(score), args, {"BLOCK": BLOCK}, WARPS)]
+
+
+# The ops: arguments as in the schemas of pydiffuse/_ops.py.
+
+
+def mix_patches(out: Sequence[Tensor], *args: Any) -> None:
+    run(mix_patches_launches(out, *args), out[0])
+
+
+def patch_loss(loss: Tensor, *args: Any) -> None:
+    run(patch_loss_launches(loss, *args), loss)
+
+
+def select_patches(ids: Tensor, rest: Tensor, score: Tensor) -> None:
+    run(select_patches_launches(ids, rest, score), score)
+
+
+def compile_cases() -> list[Case]:
+    """Representative variants of every kernel, for tests that compile them without a GPU."""
+    f32, bf16 = torch.float32, torch.bfloat16
+    B, N, grid = 2, 1024, (4, 1, 64, 64, 1, 2, 2)
+
+    def images(count: int, dtype: torch.dtype = f32) -> list[Tensor]:
+        return [torch.empty(B, 4, 64, 64, dtype=dtype) for _ in range(count)]
+
+    def table(dtype: torch.dtype = f32) -> Tensor:
+        return torch.empty(B, N, dtype=dtype)
+
+    def mixed(
+        rule: tuple[int, ...], out: list[Tensor], terms: list[Tensor], transposed: bool = False
+    ) -> list[Launch]:
+        steps = rule[0] < len(METHODS)
+        following = table() if steps or rule[0] == RESIDUAL else None
+        last = table() if rule[0] == METHODS.index("multistep") else None
+        arrived = table() if steps and not transposed else None
+        mask = table(torch.bool) if steps else None
+        numbers = (3.0, 1.0)
+        return mix_patches_launches(
+            out, arrived, terms, table(), following, last, mask, None, grid, rule, numbers, transposed
+        )
+
+    calls = {
+        "euler fp32, guided": mixed((0, 0, 0, 0, 1, 7), images(1), images(3)),
+        "euler bf16, guided": mixed((0, 0, 0, 0, 1, 7), images(1), images(1) + images(2, bf16)),
+        "ddim fp32, trig": mixed((1, 2, 1, 1, 1, 3), images(1), images(2)),
+        "ancestral bf16, vp": mixed((2, 1, 1, 1, 1, 19), images(1, bf16), images(3, bf16)),
+        "multistep fp32": mixed((3, 1, 1, 1, 3, 15), images(2), images(4)),
+        "multistep fp32, gradient": mixed((3, 1, 1, 1, 15, 3), images(4), images(2), True),
+        "noise bf16": mixed((NOISE, 2, 1, 1, 3, 17), images(2, bf16), images(2, bf16)),
+        "convert fp32": mixed((CONVERT, 0, 1, 0, 1, 3), images(1), images(2)),
+        "residual fp32": mixed((RESIDUAL, 0, 0, 0, 3, 17), images(2), images(2)),
+        "patch_loss bf16": patch_loss_launches(
+            torch.empty(B, dtype=torch.float64), table(torch.float64), *images(2, bf16), table(), table(),
+            0.01, grid,
+        ),
+        "select_patches": select_patches_launches(
+            torch.empty(B, 100, dtype=torch.int64), torch.empty(B, N - 100, dtype=torch.int64), table()
+        ),
+    }  # fmt: skip
+    return [
+        launch.case(f"{name}: {launch.kernel.fn.__name__}")
+        for name, launches in calls.items()
+        for launch in launches
+    ]

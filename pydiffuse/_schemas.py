@@ -1,0 +1,55 @@
+"""The schemas of the ops, by stem: a stem's kernels stand in csrc/cpu/<stem>.cpp, kernels/<stem>.py, ...
+
+Every op writes into tensors its caller gives it and returns nothing.
+"""
+
+_SCAN = (
+    "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias,"
+    " Tensor? initial, Tensor? order, Tensor? offsets, bool softplus"
+)
+_CONV = "Tensor x, Tensor weight, Tensor? bias, Tensor? order, Tensor? offsets, bool silu"
+_MODULATE = "Tensor x, Tensor? branch, Tensor table, Tensor rows, int norm, float eps, bool factors"
+
+BY_STEM = {
+    "guidance": {
+        "guide": "(Tensor(a!)[] out, Tensor[] preds, Tensor? x, Tensor? history, Tensor? noise, int rule,"
+        " float[] params, bool rescaled, Tensor? varied, int[] columns, int emit) -> ()",
+        "guide_backward": "(Tensor(a!)[] dpreds, Tensor(b!)? dvaried, Tensor grad, Tensor[] preds,"
+        " int rule, float[] params, bool rescaled, Tensor? varied, int[] columns) -> ()",
+        "mix": "(Tensor(a!)[] out, Tensor[] terms, Tensor matrix, Tensor? shift) -> ()",
+        "gram": "(Tensor(a!) out, Tensor(b!)? sums, Tensor[] preds) -> ()",
+    },
+    "scan": {
+        "selective_scan": f"(Tensor(a!) out, Tensor(b!)? last, Tensor(c!)? chunks, {_SCAN}) -> ()",
+        "selective_scan_backward": "(Tensor(a!) du, Tensor(b!) ddelta, Tensor(c!) dA, Tensor(d!) dB,"
+        " Tensor(e!) dC, Tensor(f!)? dD, Tensor(g!)? dz, Tensor(h!)? ddelta_bias, Tensor(i!)? dinitial,"
+        f" Tensor dout, Tensor? dlast, Tensor chunks, {_SCAN}) -> ()",
+        "selective_state_update": "(Tensor(a!) out, Tensor(b!) state, Tensor x, Tensor dt, Tensor A,"
+        " Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, bool softplus) -> ()",
+    },
+    "conv": {
+        "causal_conv1d": f"(Tensor(a!) out, {_CONV}) -> ()",
+        "causal_conv1d_backward": "(Tensor(a!) dx, Tensor(b!) dweight, Tensor(c!)? dbias, Tensor dout,"
+        f" {_CONV}) -> ()",
+    },
+    "adaln": {
+        "modulate": f"(Tensor(a!) y, Tensor(b!)? r, {_MODULATE}) -> ()",
+        "modulate_backward": "(Tensor(a!) dx, Tensor(b!)? dbranch, Tensor(c!) dtable, Tensor dy,"
+        f" Tensor? dr, {_MODULATE}) -> ()",
+    },
+    "routing": {
+        "gather_tokens": "(Tensor(a!) out, Tensor x, Tensor ids, Tensor? gate) -> ()",
+        "scatter_tokens": "(Tensor(a!) out, Tensor? base, Tensor? y, Tensor ids, Tensor? gate) -> ()",
+    },
+    "patch": {
+        "mix_patches": "(Tensor(a!)[] out, Tensor(b!)? arrived, Tensor[] terms, Tensor t, Tensor? t_next,"
+        " Tensor? t_last, Tensor? mask, Tensor? scales, int[] grid, int[] rule, float[] numbers,"
+        " bool transposed) -> ()",
+        "patch_loss": "(Tensor(a!) loss, Tensor(b!) errors, Tensor pred, Tensor target, Tensor? logvar,"
+        " Tensor? weight, float nll, int[] grid) -> ()",
+        "select_patches": "(Tensor(a!) ids, Tensor(b!) rest, Tensor score) -> ()",
+    },
+}
+
+SCHEMAS = {name: schema for ops in BY_STEM.values() for name, schema in ops.items()}
+STEMS = {name: stem for stem, ops in BY_STEM.items() for name in ops}
