@@ -92,6 +92,7 @@ def forward_row(op: str, dtype: torch.dtype, device: str, seconds: float) -> Row
     return Row(
         op=op,
         what=f"{K} rows of the table",
+        headline=dtype is torch.float32 and op == "modulate",
         shape=(TOKENS, D),
         dtype=dtype,
         ms=one.ms,
@@ -134,6 +135,7 @@ def backward_row(op: str, device: str, seconds: float) -> Row:
     return Row(
         op=op,
         what="forward and backward",
+        headline=op == "modulate",
         shape=(TOKENS, D),
         dtype=torch.float32,
         ms=ours.ms,

@@ -159,6 +159,7 @@ def tcfg_row(shape: tuple[int, ...], state: str, device: str, seconds: float) ->
     return Row(
         op="tcfg",
         what=f"beside its rivals, {STATES[state]}",
+        headline=True,
         shape=shape,
         dtype=torch.float32,
         ms=ours.ms,
@@ -198,6 +199,7 @@ def euler_row(state: str, device: str, seconds: float) -> Row:
     return Row(
         op="guide",
         what=f"tcfg and an Euler step, {STATES[state]}",
+        headline=state != "cold",
         shape=LARGE,
         dtype=torch.float32,
         ms=one.ms,

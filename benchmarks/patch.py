@@ -146,6 +146,7 @@ def step_row(device: str, seconds: float) -> Row:
     return Row(
         op="patch_step",
         what=f"guidance, Euler, mask and levels, {IN_A_ROW} in a row",
+        headline=True,
         shape=LATENT,
         dtype=torch.float32,
         ms=ours.ms,
@@ -181,6 +182,7 @@ def noise_row(device: str, seconds: float) -> Row:
     return Row(
         op="noise_patches",
         what=f"to the linear path, {IN_A_ROW} in a row",
+        headline=True,
         shape=LATENT,
         dtype=torch.float32,
         ms=ours.ms,
@@ -212,6 +214,7 @@ def dual_loop_row(device: str, seconds: float) -> Row:
     return Row(
         op="dual_loop",
         what=f"outer steps of {INNER} parts without the model, {IN_A_ROW} in a row",
+        headline=True,
         shape=LATENT,
         dtype=torch.float32,
         ms=ours.ms,

@@ -38,10 +38,13 @@ class Row:
     floor_ms: float | None = None
     rivals: list[Contender] = field(default_factory=list)
     bars: list[Bar] = field(default_factory=list)
+    headline: bool = False
+    """Whether the README shows it."""
 
     def as_dict(self) -> dict[str, Any]:
         return {
             "op": self.op,
+            "headline": self.headline,
             "what": self.what,
             "shape": list(self.shape),
             "dtype": str(self.dtype).removeprefix("torch."),
