@@ -45,16 +45,18 @@ def nvcc() -> str | None:
     return None if wanted == "0" else found
 
 
+TEMP = ROOT / "build" / f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}-{torch.__version__}"
+
+
+def object_of(source: Path, tag: str = "") -> Path:
+    return TEMP / f"{source.relative_to(ROOT).as_posix().replace('/', '.')}{tag}.o"
+
+
 class NinjaBuild(build_ext):
     """Each source by its own flags, objects shared by both extensions, only what changed again."""
 
     def build_extensions(self) -> None:
-        temp = (
-            ROOT
-            / "build"
-            / f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}-{torch.__version__}"
-        )
-        temp.mkdir(parents=True, exist_ok=True)
+        TEMP.mkdir(parents=True, exist_ok=True)
         cuda = nvcc()
         archs = os.environ.get("PYDIFFUSE_CUDA_ARCHS", "80;90a;100").split(";")
         built_for = f"""-DPYDIFFUSE_CUDA_ARCHS='"{";".join(archs) if cuda else ""}"'"""
@@ -66,7 +68,7 @@ class NinjaBuild(build_ext):
         ]
 
         def compiled(source: Path, flags: str, tag: str = "") -> str:
-            obj = temp / f"{source.relative_to(ROOT).as_posix().replace('/', '.')}{tag}.o"
+            obj = object_of(source, tag)
             compiler = f"\n cxx = {cuda}" if source.suffix == ".cu" else ""
             lines.append(f"build {obj}: cxx {source}\n flags = {flags}{compiler}")
             return str(obj)
@@ -96,9 +98,9 @@ class NinjaBuild(build_ext):
         host = f"{CXX} {PYTHON} -isystem {pybind11.get_include()}"
         sources = sorted((ROOT / "csrc/python").glob("*.cpp"))
         linked("pydiffuse._host", [compiled(s, host) for s in sources] + kernels, "-lpthread")
-        (temp / "build.ninja").write_text("\n".join(lines) + "\n")
+        (TEMP / "build.ninja").write_text("\n".join(lines) + "\n")
         jobs = ["-j", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []
-        subprocess.run([Path(ninja.BIN_DIR) / "ninja", "-C", temp, *jobs], check=True, cwd=ROOT)
+        subprocess.run([Path(ninja.BIN_DIR) / "ninja", "-C", TEMP, *jobs], check=True, cwd=ROOT)
 
 
 if __name__ == "__main__":

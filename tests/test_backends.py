@@ -141,27 +141,24 @@ def test_info_prints():
         assert word in done.stdout
 
 
+LOWER = {  # test files, and which of their tests run the kernels of another instruction set
+    "guidance adaln routing": "cpu and (values or low_precision or extreme or nan)",
+    "patch": "cpu and (values or low_precision)",
+    "scan": "cpu and (chunks or states or extreme or mixed)",
+}
+
+
 @pytest.mark.parametrize("capability", ["default", "avx2"])
-def test_lower_cpu_capabilities(capability):
+@pytest.mark.parametrize("stems", LOWER)
+def test_lower_cpu_capabilities(stems, capability):
     """The other copies of the CPU kernels, through the same value and gradient tests."""
     from pydiffuse import _host
 
     order = ["default", "avx2", "avx512"]
     if order.index(_host.capability()) <= order.index(capability):
         pytest.skip(f"this process runs {_host.capability()} already")
-    chosen = "cpu and (values or low_precision or extreme or nan)"
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-p",
-        "no:cacheprovider",
-        "tests/test_guidance.py",
-        "tests/test_adaln.py",
-        "tests/test_routing.py",
-        "-k",
-        chosen,
-    ]
+    files = [f"tests/test_{stem}.py" for stem in stems.split()]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *files, "-k", LOWER[stems]]
     env = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
     done = subprocess.run(command, cwd=ROOT, env=env, text=True, capture_output=True)
     assert done.returncode == 0, done.stdout[-3000:]
