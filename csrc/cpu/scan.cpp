@@ -12,7 +12,7 @@
 namespace pydiffuse {
 namespace {
 
-constexpr int TILE = 16;
+constexpr int TILE = 32;
 static_assert(SCAN_CHUNK % TILE == 0);
 constexpr int SUBS = SCAN_BLOCK / WIDTH;
 
@@ -45,7 +45,7 @@ struct Tensors {
 // One tile of one vector of channels.
 void scan_tile(const ScanArgs& s, const ScanTile<TILE>& tile, const Tensors& rows,
                const Parameters& p, int64_t b, int64_t k, int64_t channel, int lanes, bool add,
-               float* h, Scratch& m) {
+               const Ahead& ahead, float* h, Scratch& m) {
   const ScanCall& call = s.call;
   const int64_t states = int64_t(s.rows) * WIDTH;
   for_rows(rows.delta, rows.u, tile,
@@ -60,8 +60,8 @@ void scan_tile(const ScanArgs& s, const ScanTile<TILE>& tile, const Tensors& row
            });
   const auto restart = [&](const Run& run) {
     if (call.initial)
-      rows_to_lanes(call.initial + state_index(call, b, run.sequence, k, channel), call.states, lanes,
-                    call.states, s.rows, 1.0f, h);
+      rows_to_lanes(call.initial + state_index(call, b, run.sequence, k, channel), call.states,
+                    lanes, call.states, s.rows, 1.0f, h);
     else
       std::fill(h, h + states, 0.0f);
   };
@@ -70,7 +70,6 @@ void scan_tile(const ScanArgs& s, const ScanTile<TILE>& tile, const Tensors& row
     float* saved = chunk_state(call, b, k, tile.first / SCAN_CHUNK, channel);
     lanes_to_rows(h, call.states, lanes, call.states, saved);
   }
-  const Ahead ahead(tile.next, tile.wraps, rows.u, rows.delta, rows.z, rows.out);
   for (int r = 0; r < tile.runs; ++r) {
     const Run& run = tile.run[r];
     const int64_t state = state_index(call, b, run.sequence, k, channel);
@@ -101,9 +100,15 @@ void scan_path(const ScanArgs& s, const Block& block, int64_t b, int64_t k, int 
   int64_t sequence = 0;
   for (int64_t step = 0; step < s.call.length; step += TILE) {
     tile.set_path(s, b, k, block.group, step, TILE, sequence);
-    for (int i = first; i < last; ++i)
+    for (int i = first; i < last; ++i) {
+      // While a vector of channels is scanned, the next one's rows come, or those of the next tile.
+      const bool more = i + 1 < last;
+      const Tensors& next = rows[more ? i + 1 : first];
+      const Ahead ahead(more ? tile.token : tile.next, !more && tile.wraps, next.u, next.delta,
+                        next.z, next.out);
       scan_tile(s, tile, rows[i], m.parameters[i], b, k, block.channel + i * WIDTH, block.lanes(i),
-                k > 0, m.h[i], m);
+                k > 0, ahead, m.h[i], m);
+    }
   }
 }
 

@@ -66,7 +66,7 @@ template <int NB, bool CONST_B, bool CONST_C>
 __attribute__((noinline)) void reverse_run(const ScanTile<TILE>& tile, const Run& run, int state,
                                            int rows, const Parameters& p, const Scratch& m,
                                            const float* start, float* carry, const Sums& sums,
-                                           bool first, float* dB, float* dC) {
+                                           bool first, const Ahead& results, float* dB, float* dC) {
   vfloat dh[NB];
   for (int n = 0; n < NB; ++n) dh[n] = load<vfloat>(carry + n * WIDTH);
   const float *A2 = opaque(p.A2 + state * WIDTH), *Bc = opaque(p.B + state * WIDTH);
@@ -74,9 +74,13 @@ __attribute__((noinline)) void reverse_run(const ScanTile<TILE>& tile, const Run
   float *dA = sums.dA + state * WIDTH, *dBc = sums.dB + state * WIDTH,
         *dCc = sums.dC + state * WIDTH;
   const auto put = [&](float* sum, vfloat* parts, int64_t token) {
-    float lane[WIDTH], *to = sum + token * rows + state;
-    store(lane, lane_sums(parts));
-    for (int n = 0; n < NB; ++n) to[n] = first ? lane[n] : to[n] + lane[n];
+    float* to = sum + token * rows + state;
+    const vfloat sums_of_states = lane_sums(parts);
+    if constexpr (NB == WIDTH) {
+      store(to, first ? sums_of_states : sums_of_states + load<vfloat>(to));
+    } else {
+      for (int n = 0; n < NB; ++n) to[n] = first ? sums_of_states[n] : to[n] + sums_of_states[n];
+    }
   };
   for (int l = run.end - 1; l >= run.begin; --l) {
     const vfloat t = load<vfloat>(m.dt + l * WIDTH), x = load<vfloat>(m.du + l * WIDTH);
@@ -84,6 +88,7 @@ __attribute__((noinline)) void reverse_run(const ScanTile<TILE>& tile, const Run
     const float* b = CONST_B ? nullptr : opaque(tile.b[l] + state);
     const float* c = CONST_C ? nullptr : opaque(tile.c[l] + state);
     const float* h = opaque(m.saved + l * NB * WIDTH);
+    if (state == 0) results.fetch<3, true>(l);
     const float* before = opaque(l > run.begin ? h - NB * WIDTH : start);
     vfloat s1[2] = {}, s2[2] = {}, parts_b[WIDTH] = {}, parts_c[WIDTH] = {};
 #pragma GCC unroll 16
@@ -177,11 +182,12 @@ void load_start(const ScanCall& call, const Run& run, const Place& at, int64_t c
 }
 
 void backward_tile(const ScanBackwardArgs& a, const ScanTile<TILE>& tile, const Tensors& rows,
-                   const Place& at, const Parameters& p, Sums& sums, float* carry, Scratch& m) {
+                   const Place& at, const Parameters& p, const Ahead& ahead, Sums& sums,
+                   float* carry, Scratch& m) {
   const ScanArgs& s = a.scan;
   const ScanCall& call = s.call;
   read_tile(call, tile, rows, p, m);
-  const Ahead ahead(tile.next, tile.wraps, rows.u, rows.delta, rows.z, rows.dout);
+  const Ahead results(tile.token, false, rows.du, rows.ddelta, rows.dz, {});
   const int64_t row = ((at.b * call.paths + at.k) * call.groups + at.group) * s.blocks + at.block;
   float* dB = a.dB ? a.dB + row * call.length * s.rows : nullptr;
   float* dC = a.dC ? a.dC + row * call.length * s.rows : nullptr;
@@ -206,8 +212,8 @@ void backward_tile(const ScanBackwardArgs& a, const ScanTile<TILE>& tile, const 
           rows_to_lanes(a.call.dlast + state, call.states, at.lanes, count, NB, 1.0f, dh);
         else if (run.ends)
           std::fill(dh, dh + NB * WIDTH, 0.0f);
-        reverse_run<NB, const_b, const_c>(tile, run, n, s.rows, p, m, start, dh, sums, at.first, dB,
-                                          dC);
+        reverse_run<NB, const_b, const_c>(tile, run, n, s.rows, p, m, start, dh, sums, at.first,
+                                          results, dB, dC);
         if (run.starts && a.call.dinitial)
           lanes_to_rows(dh, call.states, at.lanes, count, a.call.dinitial + state);
       }
@@ -247,7 +253,12 @@ void backward_path(const ScanBackwardArgs& a, const Block& block, int64_t index,
       const Place at{
           b,     k, block.group, index % a.scan.blocks, block.channel + i * WIDTH, block.lanes(i),
           i == 0};
-      backward_tile(a, tile, rows[i], at, m.parameters[i], m.sums[i], m.dh[i], m);
+      // While a vector of channels is scanned, the next one's rows come, or those of the next tile.
+      const bool more = i + 1 < last;
+      const Tensors& next = rows[more ? i + 1 : first];
+      const Ahead ahead(more ? tile.token : tile.next, !more && tile.wraps, next.u, next.delta,
+                        next.z, next.dout);
+      backward_tile(a, tile, rows[i], at, m.parameters[i], ahead, m.sums[i], m.dh[i], m);
     }
   }
 }

@@ -88,10 +88,11 @@ struct Ahead {
       stride[i] = rows[i]->stride;
     }
   }
-  template <int COUNT = ROWS>
+  template <int COUNT = ROWS, bool WRITE = false>
   void fetch(int step) const {
 #pragma GCC unroll 4
-    for (int i = 0; i < COUNT; ++i) __builtin_prefetch(data[i] + token[step] * stride[i], 0, 3);
+    for (int i = 0; i < COUNT; ++i)
+      __builtin_prefetch(data[i] + token[step] * stride[i], WRITE ? 1 : 0, 3);
   }
 };
 
