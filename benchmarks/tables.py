@@ -70,7 +70,7 @@ def bars(record: dict[str, Any]) -> str:
     return text + machine(record)
 
 
-PLAIN, LIBRARIES = ("reference", "eager", "loop"), ("diffusers", "mamba.py", "transformers")
+PLAIN, LIBRARIES = ("eager", "loop", "reference"), ("diffusers", "mamba.py", "transformers")
 
 
 def short(record: dict[str, Any]) -> str:
