@@ -339,7 +339,7 @@ def modulate_backward_launches(
     ]
 
 
-# The ops: arguments as in the schemas of pydiffuse/_ops.py.
+# The ops: arguments as in the schemas of pydiffuse/_schemas.py.
 
 
 def modulate(y: Tensor, *args: Any) -> None:

@@ -229,7 +229,7 @@ def backward_launches(
     return launches, turned
 
 
-# The ops: arguments as in the schemas of pydiffuse/_ops.py.
+# The ops: arguments as in the schemas of pydiffuse/_schemas.py.
 
 
 def causal_conv1d(out: Tensor, *args: Any) -> None:

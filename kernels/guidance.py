@@ -293,7 +293,7 @@ def guide_backward_launches(
     ]
 
 
-# The ops: arguments as in the schemas of pydiffuse/_ops.py.
+# The ops: arguments as in the schemas of pydiffuse/_schemas.py.
 
 
 def guide(out: Sequence[Tensor], *args: Any) -> None:

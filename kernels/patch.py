@@ -311,7 +311,7 @@ def select_patches_launches(ids: Tensor, rest: Tensor, score: Tensor) -> list[La
     return [Launch(select_kernel, len(score), args, {"BLOCK": BLOCK}, WARPS)]
 
 
-# The ops: arguments as in the schemas of pydiffuse/_ops.py.
+# The ops: arguments as in the schemas of pydiffuse/_schemas.py.
 
 
 def mix_patches(out: Sequence[Tensor], *args: Any) -> None:

@@ -114,7 +114,7 @@ def scatter_launches(
     return _launch(op, out, base, y, slot, None, gate, N, max(keep, 1), True)
 
 
-# The ops: arguments as in the schemas of pydiffuse/_ops.py.
+# The ops: arguments as in the schemas of pydiffuse/_schemas.py.
 
 
 def gather_tokens(out: Tensor, *args: Any) -> None:

@@ -1,7 +1,8 @@
-"""Compiled kernels for diffusion and flow models: guidance, on the CPU and the GPU.
+"""Compiled kernels for diffusion and flow models, on the CPU and the GPU.
 
-Public ops live in `pydiffuse.guidance` and are re-exported here; `pydiffuse.paths` has orders over
-tokens. `backends()` says what runs where.
+The public ops of `pydiffuse.guidance`, `scan`, `conv`, `patch`, `adaln` and `routing` are re-exported here;
+`pydiffuse.paths` has orders over tokens, `pydiffuse.nn` modules, `pydiffuse.samplers` loops over a user's
+model. `backends()` says what runs where.
 """
 
 from pydiffuse import _ops, paths, samplers

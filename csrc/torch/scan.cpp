@@ -1,4 +1,4 @@
-// The torch door of the selective scan on the CPU. Schemas stand in pydiffuse/_ops.py.
+// The torch door of the selective scan on the CPU. Schemas stand in pydiffuse/_schemas.py.
 #include "../cpu/scan_call.h"
 #include "scan_args.h"
 
