@@ -69,14 +69,14 @@ def plain_dual_loop(
 def dual_loop(
     buffer: Tensor, x: Tensor, preds: list[Tensor], score: Tensor, t: Tensor, dt: float, k: int
 ) -> tuple[Tensor, Tensor]:
-    """The same with the ops, in place as pydiffuse.samplers.dual_loop has it; the copy of x is extra."""
+    """The same with the ops, the state in one buffer as pydiffuse.samplers.dual_loop has it."""
     ids, _ = pydiffuse.select_patches(score, k)
     sure = torch.zeros_like(score, dtype=torch.bool).scatter_(1, ids, True)
-    now, state = t, buffer.copy_(x)
+    now = t
     for j, v in enumerate(preds):
         to = pydiffuse.next_t(t, "dual_loop", dt=dt, mask=sure, index=j, steps=len(preds))
-        _, now = pydiffuse.patch_step(state, v, now, to, PATCH, out=state)
-    return state, now
+        _, now = pydiffuse.patch_step(buffer if j else x, v, now, to, PATCH, out=buffer)
+    return buffer, now
 
 
 def relative(expected: Tensor) -> Callable[[Any], float]:

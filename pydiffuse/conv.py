@@ -9,6 +9,7 @@ from pydiffuse.autograd.conv import CausalConv1d
 from pydiffuse.autograd.functions import needs_function
 from pydiffuse.calls.scan import PathLike, check_layout, dense, new_tokens, steps_of
 from pydiffuse.checks import check_shape
+from pydiffuse.paths import ScanPath
 from pydiffuse.reference import conv as reference
 
 MAX_WIDTH = 8
@@ -46,7 +47,7 @@ def causal_conv1d(
         check_shape(op, "bias", bias, (D,), "(D,)", like=x)
     if activation not in ("silu", "swish", None):
         raise ValueError(f"{op}: activation is {activation!r}; accepted: 'silu' or None")
-    if isinstance(path, list | tuple) and path and not isinstance(path[0], int):
+    if isinstance(path, list | tuple) and path and isinstance(path[0], ScanPath):
         raise TypeError(f"{op}: path is a list of paths; accepted: one path")
     steps, _ = steps_of(op, path, reverse, cu_seqlens, L, x.device)
     if _ops.forced_reference():

@@ -16,8 +16,8 @@ from torch import Tensor
 from pydiffuse import _ops
 from pydiffuse.autograd.functions import needs_function
 from pydiffuse.autograd.scan import SelectiveScan, run_scan
-from pydiffuse.calls.scan import MAX_STATES, PathLike, check_layout, last_state, scan_arguments
-from pydiffuse.checks import check_no_grad, check_shape
+from pydiffuse.calls.scan import MAX_STATES, PathLike, check_layout, last_state, scan_arguments, steps_of
+from pydiffuse.checks import check_shape
 from pydiffuse.conv import causal_conv1d
 from pydiffuse.paths import ScanPath
 from pydiffuse.reference import scan as reference
@@ -72,6 +72,10 @@ def selective_scan(
         "cu_seqlens": cu_seqlens,
     }
     if _ops.forced_reference() and isinstance(A, Tensor) and A.is_complex():
+        check_layout("selective_scan", layout)
+        check_shape("selective_scan", "u", u, (None, None, None), "(B, D, L) or (B, L, D)")
+        L = u.shape[2 if layout == "bdl" else 1]
+        steps_of("selective_scan", path, reverse, cu_seqlens, L, u.device)
         return reference.selective_scan(*given, return_last_state, **where, layout=layout)
     args, K = scan_arguments("selective_scan", *given, path, reverse, initial_state, cu_seqlens, layout)
     if _ops.forced_reference():
@@ -132,7 +136,11 @@ def selective_state_update(
     tensors = [t for t in (state, x, dt, A, B, C, D, z, dt_bias) if t is not None]
     if _ops.forced_reference():
         return reference.selective_state_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
-    check_no_grad(op, tensors)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        raise ValueError(
+            f"{op}: it takes no part in autograd, and an argument requires a gradient;"
+            " call it under torch.no_grad()"
+        )
     if not state.is_contiguous():
         raise ValueError(
             f"{op}: state is not contiguous; it is written in place: state.contiguous() first"
@@ -195,11 +203,21 @@ def zigzag_mamba_inner(
     rank = delta_proj_weight.shape[1]
     rows = rank + N * ((B is None) + (C is None))
     check_shape(op, "x_proj_weight", x_proj_weight, (rows, D_), "(R + 2 N, D)", like=xz)
-    for name, bias in (("B_proj_bias", B_proj_bias), ("C_proj_bias", C_proj_bias)):
+    for name, bias, given in (("B_proj_bias", B_proj_bias, B), ("C_proj_bias", C_proj_bias, C)):
+        if bias is not None and given is not None:
+            raise ValueError(
+                f"{op}: {name} and {name[0]} are given; accepted: one, a bias is of the projection"
+            )
         if bias is not None:
             check_shape(op, name, bias, (N,), "(N,)", like=xz)
     if out_proj_weight is not None:
         check_shape(op, "out_proj_weight", out_proj_weight, (None, D_), "(M, D)", like=xz)
+    if out_proj_bias is not None:
+        if out_proj_weight is None:
+            raise ValueError(
+                f"{op}: out_proj_bias is given without out_proj_weight; accepted: both or neither"
+            )
+        check_shape(op, "out_proj_bias", out_proj_bias, (out_proj_weight.shape[0],), "(M,)", like=xz)
     return reference.inner_block(
         causal_conv1d, selective_scan, xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight,
         out_proj_weight, out_proj_bias, A, B, C, D, delta_bias, B_proj_bias, C_proj_bias, delta_softplus,

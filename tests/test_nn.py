@@ -130,7 +130,8 @@ def test_names_of_mamba_ssm(monkeypatch):
     with pytest.raises(ImportError, match="not loaded"):
         names.patch()
     module = types.ModuleType("mamba_ssm.ops.selective_scan_interface")
-    module.selective_scan_fn = module.mamba_inner_fn = None
+    module.selective_scan_fn = module.mamba_inner_fn = module.selective_state_update = None
     monkeypatch.setitem(sys.modules, "mamba_ssm.ops.selective_scan_interface", module)
     assert len(names.patch()) == 2
     assert module.selective_scan_fn is names.selective_scan_fn
+    assert module.selective_state_update is None

@@ -318,3 +318,53 @@ def test_complex_decay_runs_in_the_reference():
     torch.testing.assert_close(y, torch.stack(rows, -1))
     with pytest.raises(TypeError, match=r"complex64.*float32.*reference"):
         pydiffuse.selective_scan(u, delta, A, B, C)
+
+
+def test_no_channels():
+    """Nothing to scan: the gradients of B and C are zeros, not what memory held."""
+    t = ScanMaker(Size(2, 0, 300, 3), device=DEVICE)
+    B, C = t.weights().requires_grad_(), t.weights().requires_grad_()
+    y = pydiffuse.selective_scan(t.tokens(), t.delta(), t.A(), B, C)
+    for gradient in torch.autograd.grad(y.sum(), [B, C]):
+        assert not gradient.any()
+
+
+@pytest.mark.parametrize("N", [3, 4, 17])
+def test_infinity_stays_one(N):
+    """An infinite u makes an infinite state, whatever the number of states is padded to."""
+    u = torch.ones(1, 1, 3, device=DEVICE)
+    u[..., 0] = float("inf")
+    ones, A = torch.ones(1, N, 3, device=DEVICE), -torch.ones(1, N, device=DEVICE)
+    y = pydiffuse.selective_scan(u, torch.ones_like(u), A, ones, ones)
+    assert (y == float("inf")).all()
+
+
+def test_offsets_of_any_kind():
+    """Strided tensors; tuples seen first in inference mode or by fake tensors."""
+    t = ScanMaker(Size(1, 6, 9, 4), device=DEVICE)
+    args = t.tokens(), t.delta(), t.A(), t.weights(), t.weights()
+    expected = pydiffuse.selective_scan(*args, cu_seqlens=[0, 4, 9])
+    strided = torch.tensor([0, 7, 4, 7, 9, 7], dtype=torch.int32)[::2]
+    assert torch.equal(pydiffuse.selective_scan(*args, cu_seqlens=strided), expected)
+    offsets = (0, 2, 9)
+    with torch.inference_mode():
+        pydiffuse.selective_scan(*args, cu_seqlens=offsets)
+    with torch._subclasses.FakeTensorMode() as mode:
+        pydiffuse.selective_scan(*(mode.from_tensor(a) for a in args), cu_seqlens=offsets)
+    u = args[0].requires_grad_()
+    pydiffuse.selective_scan(u, *args[1:], cu_seqlens=offsets).sum().backward()
+    assert u.grad is not None and u.grad.isfinite().all()
+
+
+def test_vmap_over_states_that_lie_apart():
+    t = ScanMaker(Size(3, 2, 8, 3), device=DEVICE)
+    u, delta, A, B, C = (x for x in (t.tokens(), t.delta(), t.A(), t.weights(), t.weights()))
+    states = torch.randn(3, 2, 2, 3, device=DEVICE)[:, 1:]  # [V, 1, D, N]
+
+    def one(u, delta, B, C, h):
+        return pydiffuse.selective_scan(
+            u[None], delta[None], A, B[None], C[None], initial_state=h, return_last_state=True
+        )[0][0]
+
+    mapped = torch.func.vmap(one)(u, delta, B, C, states)
+    assert torch.equal(mapped, torch.stack([one(*x) for x in zip(u, delta, B, C, states)]))

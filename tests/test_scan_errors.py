@@ -108,12 +108,24 @@ BAD = {  # what is wrong: (the call, the error, the words it must hold)
     "state gradient": (
         lambda: pd.selective_state_update(state, x.clone().requires_grad_(), x, A, rows, rows),
         ValueError,
-        ["selective_state_update", "gradient"],
+        ["selective_state_update", "gradient", "no_grad"],
     ),
     "xz": (
         lambda: pd.zigzag_mamba_inner(u[:, :5], w, None, w, w, None, None, A),
         ValueError,
         ["zigzag_mamba_inner", "xz", "5 channels", "even"],
+    ),
+    "bias and B": (
+        lambda: pd.zigzag_mamba_inner(
+            torch.cat([u, u], 1), w, None, torch.rand(8, 6), w, None, None, A, B=B, B_proj_bias=D[:4]
+        ),
+        ValueError,
+        ["B_proj_bias and B"],
+    ),
+    "bias alone": (
+        lambda: pd.zigzag_mamba_inner(torch.cat([u, u], 1), w, None, torch.rand(12, 6), w, None, D, A),
+        ValueError,
+        ["out_proj_bias", "without out_proj_weight"],
     ),
     "x_proj": (
         lambda: pd.zigzag_mamba_inner(torch.cat([u, u], 1), w, None, w, w, None, None, A),

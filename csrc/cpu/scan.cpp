@@ -76,9 +76,14 @@ void scan_tile(const ScanArgs& s, const ScanTile<TILE>& tile, const Tensors& row
     if (run.starts && tile.first + r > 0) restart(run);
     with_states(s, [&](auto nb, auto const_b, auto const_c) {
       constexpr int NB = nb;
-      for (int n = 0; n < s.rows; n += NB)
-        scan_run<NB, const_b, const_c, false>(tile, run, n, p, m.u, m.dt, m.du, h + n * WIDTH, m.y,
-                                              ahead, nullptr);
+      for (int n = 0; n < s.rows; n += NB) {
+        const int count = std::min(NB, call.states - n);
+        const auto part = [&](auto partial) {
+          scan_run<NB, const_b, const_c, false, partial>(tile, run, n, count, p, m.u, m.dt, m.du,
+                                                         h + n * WIDTH, m.y, ahead, nullptr);
+        };
+        count == NB ? part(std::false_type{}) : part(std::true_type{});
+      }
     });
     if (run.ends && call.last) lanes_to_rows(h, call.states, lanes, call.states, call.last + state);
   }

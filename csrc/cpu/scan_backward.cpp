@@ -62,11 +62,12 @@ struct Place {
 
 // dh_l = C_l dy_l + a_(l+1) dh_(l+1) through the steps of a run for NB states, last step first.
 // dB, dC: [length][rows] of the block, by tokens; written by its first vector of channels.
-template <int NB, bool CONST_B, bool CONST_C>
+template <int NB, bool CONST_B, bool CONST_C, bool PARTIAL>
 __attribute__((noinline)) void reverse_run(const ScanTile<TILE>& tile, const Run& run, int state,
-                                           int rows, const Parameters& p, const Scratch& m,
-                                           const float* start, float* carry, const Sums& sums,
-                                           bool first, const Ahead& results, float* dB, float* dC) {
+                                           int count, int rows, const Parameters& p,
+                                           const Scratch& m, const float* start, float* carry,
+                                           const Sums& sums, bool first, const Ahead& results,
+                                           float* dB, float* dC) {
   vfloat dh[NB];
   for (int n = 0; n < NB; ++n) dh[n] = load<vfloat>(carry + n * WIDTH);
   const float *A2 = opaque(p.A2 + state * WIDTH), *Bc = opaque(p.B + state * WIDTH);
@@ -93,6 +94,7 @@ __attribute__((noinline)) void reverse_run(const ScanTile<TILE>& tile, const Run
     vfloat s1[2] = {}, s2[2] = {}, parts_b[WIDTH] = {}, parts_c[WIDTH] = {};
 #pragma GCC unroll 16
     for (int n = 0; n < NB; ++n) {
+      if (PARTIAL && n >= count) continue;
       const vfloat A = load<vfloat>(A2 + n * WIDTH), hn = load<vfloat>(h + n * WIDTH);
       const vfloat d = dh[n] + dy * (CONST_C ? load<vfloat>(Cc + n * WIDTH) : splat(c[n]));
       s1[n % 2] += d * (CONST_B ? load<vfloat>(Bc + n * WIDTH) : splat(b[n]));
@@ -155,7 +157,7 @@ void write_tile(const ScanCall& call, const ScanTile<TILE>& tile, const Tensors&
     if (call.softplus) ddelta *= at(m.slope);
     sums.dD += dy * u;
     sums.dbias += ddelta;
-    store(m.s1 + l * WIDTH, at(m.dt) * s1 + p.D * dy);
+    store(m.s1 + l * WIDTH, p.skips ? at(m.dt) * s1 + p.D * dy : at(m.dt) * s1);
     store(m.s2 + l * WIDTH, ddelta);
     if (rows.z) store(m.y + l * WIDTH, at(m.y) * at(m.gate));
   }
@@ -193,31 +195,34 @@ void backward_tile(const ScanBackwardArgs& a, const ScanTile<TILE>& tile, const 
   float* dC = a.dC ? a.dC + row * call.length * s.rows : nullptr;
   const int64_t chunk = tile.first / SCAN_CHUNK;
   alignas(64) float h[WIDTH * WIDTH], start[WIDTH * WIDTH];
-  with_states(s, [&](auto nb, auto const_b, auto const_c) {
+  const auto block = [&](int n, auto nb, auto const_b, auto const_c, auto partial) {
     constexpr int NB = nb;
-    for (int n = 0; n < s.rows; n += NB) {
-      const int count = std::min(NB, call.states - n);
-      float* dh = carry + n * WIDTH;
-      for (int r = 0; r < tile.runs; ++r) {
-        const Run& run = tile.run[r];
-        if (run.starts || r == 0) load_start<NB>(call, run, at, chunk, n, h);
-        scan_run<NB, const_b, const_c, true>(tile, run, n, p, m.u, m.dt, m.du, h, m.y, ahead,
-                                             m.saved);
-      }
-      for (int r = tile.runs - 1; r >= 0; --r) {
-        const Run& run = tile.run[r];
-        const int64_t state = state_index(call, at.b, run.sequence, at.k, at.channel) + n;
-        load_start<NB>(call, run, at, chunk, n, start);
-        if (run.ends && a.call.dlast)
-          rows_to_lanes(a.call.dlast + state, call.states, at.lanes, count, NB, 1.0f, dh);
-        else if (run.ends)
-          std::fill(dh, dh + NB * WIDTH, 0.0f);
-        reverse_run<NB, const_b, const_c>(tile, run, n, s.rows, p, m, start, dh, sums, at.first,
-                                          results, dB, dC);
-        if (run.starts && a.call.dinitial)
-          lanes_to_rows(dh, call.states, at.lanes, count, a.call.dinitial + state);
-      }
+    const int count = std::min(NB, call.states - n);
+    float* dh = carry + n * WIDTH;
+    for (int r = 0; r < tile.runs; ++r) {
+      const Run& run = tile.run[r];
+      if (run.starts || r == 0) load_start<NB>(call, run, at, chunk, n, h);
+      scan_run<NB, const_b, const_c, true, partial>(tile, run, n, count, p, m.u, m.dt, m.du, h, m.y,
+                                                    ahead, m.saved);
     }
+    for (int r = tile.runs - 1; r >= 0; --r) {
+      const Run& run = tile.run[r];
+      const int64_t state = state_index(call, at.b, run.sequence, at.k, at.channel) + n;
+      load_start<NB>(call, run, at, chunk, n, start);
+      if (run.ends && a.call.dlast)
+        rows_to_lanes(a.call.dlast + state, call.states, at.lanes, count, NB, 1.0f, dh);
+      else if (run.ends)
+        std::fill(dh, dh + NB * WIDTH, 0.0f);
+      reverse_run<NB, const_b, const_c, partial>(tile, run, n, count, s.rows, p, m, start, dh, sums,
+                                                 at.first, results, dB, dC);
+      if (run.starts && a.call.dinitial)
+        lanes_to_rows(dh, call.states, at.lanes, count, a.call.dinitial + state);
+    }
+  };
+  with_states(s, [&](auto nb, auto const_b, auto const_c) {
+    for (int n = 0; n < s.rows; n += nb)
+      n + nb <= call.states ? block(n, nb, const_b, const_c, std::false_type{})
+                            : block(n, nb, const_b, const_c, std::true_type{});
   });
   write_tile(call, tile, rows, p, m, at.k > 0, sums);
 }
@@ -336,6 +341,10 @@ void reduce(const ScanBackwardArgs& a, int64_t begin, int64_t end) {
   const int states = s.call.states;
   for (auto [partial, out] : {std::pair{a.dB, a.call.dB}, {a.dC, a.call.dC}}) {
     if (!partial || partial == out) continue;
+    if (s.blocks == 0) {  // no channels
+      std::fill(out + begin * s.call.length * states, out + end * s.call.length * states, 0.0f);
+      continue;
+    }
     for (int64_t item = begin; item < end; ++item)
       for (int64_t l = 0; l < s.call.length; ++l) {
         const float* from = partial + item * s.blocks * each + l * s.rows;

@@ -103,15 +103,16 @@ void selective_scan_backward(const ScanBackwardCall& call, const Parallel& paral
     float** partial;
     float* out;
     int64_t count;
+    bool always = false;  // computed whether or not it is asked for
   };
   const int64_t channels = c.paths * c.channels, states = channels * c.states;
   const Sum sums[] = {{&a.dA, call.dA, states},
                       {&a.dBconst, c.B.constant ? call.dB : nullptr, states},
                       {&a.dCconst, c.C.constant ? call.dC : nullptr, states},
-                      {&a.dD, call.dD, channels},
-                      {&a.dbias, call.dbias, channels}};
+                      {&a.dD, call.dD, channels, true},
+                      {&a.dbias, call.dbias, channels, true}};
   for (const Sum& sum : sums) {
-    const bool needed = sum.out || sum.count == channels;  // dD and dbias are always computed
+    const bool needed = sum.out || sum.always;
     if (needed) *sum.partial = a.parts == 1 && sum.out ? sum.out : buffer(a.parts * sum.count);
   }
 

@@ -44,6 +44,7 @@ struct Parameters {
   float* A2;       // [rows][WIDTH], times log2(e)
   float *B, *C;    // [rows][WIDTH], constants only
   vfloat D, bias;  // 0 where there is none
+  bool skips;      // there is a D: 0 times an infinite u would be NaN
 
   void load_from(const ScanArgs& s, int64_t k, int64_t channel, int lanes) {
     const ScanCall& call = s.call;
@@ -55,6 +56,7 @@ struct Parameters {
     to_lanes(call.A, LOG2E, A2);
     if (call.B.constant) to_lanes(call.B.data, 1.0f, B);
     if (call.C.constant) to_lanes(call.C.data, 1.0f, C);
+    skips = call.D;
     D = call.D ? read_lanes<F32>(call.D + first, lanes) : vfloat{};
     bias = call.bias ? read_lanes<F32>(call.bias + first, lanes) : vfloat{};
   }
@@ -83,11 +85,11 @@ inline const float* opaque(const float* p) {
 }
 
 // The steps of a run for NB states, from h: [NB][WIDTH] and back. y: their part of <C, h>, added to
-// D u at the first states and to what stands there after them. SAVE: h after each step to
-// saved[step][NB][WIDTH]. Not inlined: among other loops the compiler runs out of registers for
-// addresses.
-template <int NB, bool CONST_B, bool CONST_C, bool SAVE, class TILE_>
-__attribute__((noinline)) void scan_run(const TILE_& tile, const Run& run, int state,
+// D u at the first states and to what stands there after them. PARTIAL: only `count` of them are
+// states, the others stay 0. SAVE: h after each step to saved[step][NB][WIDTH]. Not inlined: among
+// other loops the compiler runs out of registers for addresses.
+template <int NB, bool CONST_B, bool CONST_C, bool SAVE, bool PARTIAL, class TILE_>
+__attribute__((noinline)) void scan_run(const TILE_& tile, const Run& run, int state, int count,
                                         const Parameters& p, const float* u, const float* dt,
                                         const float* du, float* h, float* y, const Ahead& ahead,
                                         float* saved) {
@@ -103,12 +105,13 @@ __attribute__((noinline)) void scan_run(const TILE_& tile, const Run& run, int s
     vfloat sum[SUMS] = {};
     if (state == 0) {
       ahead.fetch(l);
-      sum[0] = p.D * load<vfloat>(u + l * WIDTH);
+      if (p.skips) sum[0] = p.D * load<vfloat>(u + l * WIDTH);
     } else {
       sum[0] = load<vfloat>(y + l * WIDTH);
     }
 #pragma GCC unroll 16
     for (int n = 0; n < NB; ++n) {
+      if (PARTIAL && n >= count) continue;
       const vfloat a = vexp2(t * load<vfloat>(A2 + n * WIDTH));
       H[n] = a * H[n] + x * (CONST_B ? load<vfloat>(Bc + n * WIDTH) : splat(b[n]));
       sum[n % SUMS] += H[n] * (CONST_C ? load<vfloat>(Cc + n * WIDTH) : splat(c[n]));

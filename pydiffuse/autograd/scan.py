@@ -149,7 +149,8 @@ def vmap_batches(
                 flat.append(t)
             else:
                 t = t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
-                flat.append(t.flatten(0, 1))
+                t = t.flatten(0, 1)
+                flat.append(t.contiguous() if i == 10 and function is SelectiveScan else t)  # initial
         if fold:
             out = function.apply(*flat)
             outs = out if isinstance(out, tuple) else (out,)

@@ -115,8 +115,9 @@ def _offsets(op: str, cu_seqlens: Any, L: int, device: torch.device) -> tuple[Te
             f"{op}: cu_seqlens is {given}; accepted: 0 <= ... <= {L}, never falling, ending at {L}"
         )
     if isinstance(cu_seqlens, Tensor):
-        return cu_seqlens.to(device=device, dtype=torch.int32), cu_seqlens.numel() - 1
-    make = _tensor_of if torch.compiler.is_compiling() else _cached_tensor_of
+        return cu_seqlens.to(device=device, dtype=torch.int32).contiguous(), cu_seqlens.numel() - 1
+    cached = device.type == "cuda" and not torch.compiler.is_compiling() and not _modes()
+    make = _cached_tensor_of if cached else _tensor_of
     return make(tuple(values or ()), device), len(cu_seqlens) - 1
 
 
@@ -124,8 +125,16 @@ def _tensor_of(values: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=torch.int32, device=device)
 
 
-# The same object again: no copy to the device within a captured graph.
-_cached_tensor_of = functools.lru_cache(maxsize=64)(_tensor_of)
+def _modes() -> bool:
+    """Whether a dispatch mode (fake tensors, say) is on, whose tensors must not be kept."""
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
+@functools.lru_cache(maxsize=64)
+def _cached_tensor_of(values: tuple[int, ...], device: torch.device) -> Tensor:
+    """The same object again: no copy to the device within a captured graph."""
+    with torch.inference_mode(False):
+        return _tensor_of(values, device)
 
 
 def dense(t: Tensor) -> Tensor:

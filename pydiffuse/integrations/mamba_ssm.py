@@ -67,11 +67,12 @@ def mamba_inner_fn(
 
 
 def patch() -> list[str]:
-    """Replace the functions in every mamba_ssm module that is loaded; returns what was replaced.
+    """Replace selective_scan_fn and mamba_inner_fn in every mamba_ssm module that is loaded; returns what
+    was replaced. (Not selective_state_update: mamba_ssm's takes heads and low-precision states, too.)
 
     Import the mamba_ssm modules first. ImportError if none is loaded.
     """
-    ours = {f.__name__: f for f in (selective_scan_fn, mamba_inner_fn, selective_state_update)}
+    ours = {f.__name__: f for f in (selective_scan_fn, mamba_inner_fn)}
     modules: dict[str, ModuleType] = {
         name: module
         for name, module in sys.modules.items()
