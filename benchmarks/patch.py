@@ -14,7 +14,7 @@ import pydiffuse
 from benchmarks.measure import Contender, copy_seconds, race, sets_for
 from benchmarks.row import Bar, Row
 from pydiffuse.reference import patch as reference
-from tests.cases.patch import CASES, Maker
+from tests.cases.patch import CASES, Maker, with_gradients
 
 LATENT, PATCH, INNER = (16, 4, 64, 64), 2, 3
 # The small rows time a sampler's run of calls: with single calls in turns, each contender would first
@@ -295,8 +295,6 @@ def sweep_row(op: str, name: str, dtype: torch.dtype, device: str, seconds: floa
 
 def backward_row(op: str, name: str, device: str, seconds: float) -> Row:
     """Forward and backward, as training runs it."""
-    from tests.test_patch import with_gradients
-
     case, given = arguments(op, name, torch.float32, device, 0)
     given = with_gradients(case, given)
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
 import pydiffuse
 from tests.cases.guidance import Maker
-from tests.table import Case
+from tests.table import Case, Tolerance
 
 GPU = os.environ.get("PYDIFFUSE_TEST_GPU") == "1"
 DEVICE = "cuda" if GPU else "cpu"
@@ -22,7 +24,7 @@ def leaves(args: Any) -> list[Tensor]:
     return [t for t in tree_flatten(args)[0] if isinstance(t, Tensor)]
 
 
-def run(case: Case, arguments: Any, backend: str) -> list[Tensor]:
+def run(case: Case, arguments: Any, backend: str | None) -> list[Tensor]:
     args, kwargs = arguments
     with pydiffuse.use_backend(backend):
         return leaves(getattr(pydiffuse, case.op)(*args, **kwargs))
@@ -40,10 +42,23 @@ def _continuous(t: Any) -> bool:
     return isinstance(t, Tensor) and (t.is_floating_point() or t.is_complex())
 
 
-def values_and_gradients(case: Case, arguments: Any, backend: str) -> tuple[list[Tensor], list[Tensor]]:
-    """Results, and the gradients of sum_i <w_i, result_i> with fixed w for every tensor argument."""
-    copies = tree_map(lambda t: t.detach().requires_grad_() if _continuous(t) else t, arguments)
-    results = run(case, copies, backend)
+def values_and_gradients(
+    case: Case,
+    arguments: Any,
+    backend: str | None,
+    call: Callable[..., Any] | None = None,
+    wants: Callable[[Any], bool] = _continuous,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Results, and the gradients of sum_i <w_i, result_i> with fixed w for every tensor argument.
+
+    call: what computes the results from (args, kwargs), if not the public function on the backend.
+    wants: which tensors want a gradient."""
+
+    def copy(t: Any) -> Any:
+        return t.detach().requires_grad_(_continuous(t) and wants(t)) if isinstance(t, Tensor) else t
+
+    copies = tree_map(copy, arguments)
+    results = run(case, copies, backend) if call is None else leaves(call(*copies))
     loss = torch.zeros((), dtype=torch.float64, device=results[0].device)
     generator = torch.Generator().manual_seed(7)
     for result in results:
@@ -70,3 +85,65 @@ def relative_error(out: Tensor, ref: Tensor, least: float = 0.0) -> float:
 
 def arguments(case: Case, shape: tuple[int, ...], dtype: torch.dtype, **options: Any) -> Any:
     return case.make(Maker(shape, dtype, DEVICE, **options))
+
+
+def assert_close(
+    results: Sequence[Tensor],
+    expected: Sequence[Tensor],
+    tolerance: dict[torch.dtype, Tolerance],
+    dtype: torch.dtype,
+    kind: str = "value",
+    factor: float = 1.0,
+) -> None:
+    """Relative errors within the tolerance of the wider of a result's dtype and the inputs'."""
+    # What cancels is measured by its companions: 0 has no relative error.
+    least = 1e-2 * max((ref.double().norm().item() for ref in expected), default=0.0)
+    for i, (out, ref) in enumerate(zip(results, expected, strict=True)):
+        assert out.shape == ref.shape
+        dtypes = {dtype, out.dtype} & set(tolerance)  # statistics come in float64
+        bound = factor * max(getattr(tolerance[d], kind) for d in dtypes)
+        error = relative_error(out, ref, least)
+        assert error <= bound, f"{kind} {i}: {error:.2e} > {bound:.0e}"
+
+
+def check(
+    case: Case,
+    given: Any,
+    backend: str,
+    tolerance: dict[torch.dtype, Tolerance],
+    dtype: torch.dtype = torch.float32,
+    factor: float = 1.0,
+) -> None:
+    """Values and gradients of a backend against the float64 reference."""
+    results, gradients = values_and_gradients(case, given, backend)
+    expected, slopes = values_and_gradients(case, doubled(given), "reference")
+    assert_close(results, expected, tolerance, dtype, "value", factor)
+    assert_close(gradients, slopes, tolerance, dtype, "grad", factor)
+
+
+def check_compiled(case: Case, given: Any, backend: str | None) -> None:
+    """One graph of torch.compile has the values and gradients of the call itself."""
+    results, gradients = values_and_gradients(case, given, backend)
+    torch._dynamo.reset()
+    op = getattr(pydiffuse, case.op)
+    constant = {k: v for k, v in given[1].items() if not leaves(v)}  # objects, such as paths
+    compiled = torch.compile(
+        lambda args, kwargs: op(*args, **kwargs, **constant), fullgraph=True, backend="aot_eager"
+    )
+
+    def call(args: Any, kwargs: dict[str, Any]) -> Any:
+        return compiled(args, {k: v for k, v in kwargs.items() if k not in constant})
+
+    found, slopes = values_and_gradients(case, given, backend, call)
+    for a, b in zip(found, results, strict=True):
+        torch.testing.assert_close(a, b)
+    for a, b in zip(slopes, gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def check_refused(call: Callable[[], Any], error: type[Exception], words: Sequence[str]) -> None:
+    """The call raises the error, whose text has the words."""
+    with pytest.raises(error) as caught:
+        call()
+    for word in words:
+        assert word in str(caught.value), f"{word!r} is not in: {caught.value}"

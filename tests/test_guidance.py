@@ -11,7 +11,7 @@ from tests.helpers import (
     BACKENDS,
     DEVICE,
     arguments,
-    doubled,
+    check,
     leaves,
     relative_error,
     run,
@@ -23,26 +23,12 @@ by_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 by_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
-def assert_close(results, expected, dtype, kind="value"):
-    # A gradient that cancels is measured by its companions: 0 has no relative error.
-    least = 1e-2 * max((ref.double().norm().item() for ref in expected), default=0.0)
-    for i, (out, ref) in enumerate(zip(results, expected, strict=True)):
-        assert out.shape == ref.shape
-        narrow = out.dtype if out.dtype in TOLERANCE else dtype  # statistics come in float64
-        bound = getattr(TOLERANCE[max(narrow, dtype, key=lambda d: TOLERANCE[d].value)], kind)
-        error = relative_error(out, ref, least)
-        assert error <= bound, f"{kind} {i}: {error:.2e} > {bound:.0e}"
-
-
 @by_case
 @by_backend
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_values_and_gradients(case, backend, shape):
     given = arguments(case, shape, torch.float32)
-    results, gradients = values_and_gradients(case, given, backend)
-    expected, slopes = values_and_gradients(case, doubled(given), "reference")
-    assert_close(results, expected, torch.float32)
-    assert_close(gradients, slopes, torch.float32, "grad")
+    check(case, given, backend, TOLERANCE, torch.float32)
 
 
 @by_case
@@ -50,10 +36,7 @@ def test_values_and_gradients(case, backend, shape):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_low_precision(case, backend, dtype):
     given = arguments(case, SHAPES["odd"], dtype)
-    results, gradients = values_and_gradients(case, given, backend)
-    expected, slopes = values_and_gradients(case, doubled(given), "reference")
-    assert_close(results, expected, dtype)
-    assert_close(gradients, slopes, dtype, "grad")
+    check(case, given, backend, TOLERANCE, dtype)
 
 
 def every_other(t):
@@ -85,10 +68,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_layouts(case, layout):
     given = arguments(case, SHAPES["odd"], torch.float32, layout=layout)
-    results, gradients = values_and_gradients(case, given, BACKENDS[0])
-    expected, slopes = values_and_gradients(case, doubled(given), "reference")
-    assert_close(results, expected, torch.float32)
-    assert_close(gradients, slopes, torch.float32, "grad")
+    check(case, given, BACKENDS[0], TOLERANCE, torch.float32)
 
 
 def test_mixed_layouts():

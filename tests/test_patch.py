@@ -10,8 +10,25 @@ from torch.utils._pytree import tree_map
 
 import pydiffuse as pd
 from pydiffuse.grids import KINDS, METHODS, PATHS, count_patches, grid_of, patch_sizes
-from tests.cases.patch import CASES, DIFFERENTIABLE, MIXES, SHAPES, TOLERANCE, Maker
-from tests.helpers import DEVICE, GPU, doubled, leaves, relative_error, run
+from tests import helpers
+from tests.cases.patch import (
+    CASES,
+    DIFFERENTIABLE,
+    MIXES,
+    SHAPES,
+    TOLERANCE,
+    Maker,
+    takes_gradient,
+)
+from tests.helpers import (
+    DEVICE,
+    GPU,
+    check_refused,
+    doubled,
+    leaves,
+    relative_error,
+    run,
+)
 
 BACKENDS = ["triton"] if GPU else ["cpu", "triton"]
 by_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -24,29 +41,8 @@ def arguments(case, shape, dtype=torch.float32, **options):
     return case.make(Maker(*shape, dtype, DEVICE, **options))
 
 
-def takes_gradient(case, t):
-    """Images do, tables of levels do not; the loss's tables do."""
-    return t.is_floating_point() and (t.dim() >= 3 or case.op == "patch_loss")
-
-
-def with_gradients(case, given):
-    def copy(t):
-        return t.detach().requires_grad_(takes_gradient(case, t)) if isinstance(t, torch.Tensor) else t
-
-    return tree_map(copy, given)
-
-
 def values_and_gradients(case, given, backend):
-    copies = with_gradients(case, given)
-    results = run(case, copies, backend)
-    generator = torch.Generator().manual_seed(7)
-    loss = 0.0
-    for result in results:
-        weight = torch.randn(result.shape, generator=generator, dtype=torch.float64).to(result.device)
-        loss = loss + (weight * result.double()).sum()
-    inputs = [t for t in leaves(copies) if t.requires_grad]
-    found = torch.autograd.grad(loss, inputs, allow_unused=True)
-    return results, [torch.zeros_like(t) if g is None else g for t, g in zip(inputs, found, strict=True)]
+    return helpers.values_and_gradients(case, given, backend, wants=lambda t: takes_gradient(case, t))
 
 
 def assert_close(results, expected, kind, given=()):
@@ -72,7 +68,7 @@ def test_values_and_gradients(case, shape):
     check(case, arguments(case, shape), BACKENDS[0])
 
 
-@pytest.mark.skipif(GPU, reason="Triton is the first backend there")
+@pytest.mark.skipif(GPU, reason="this run is for a GPU, where Triton is the first backend already")
 @by_case
 @pytest.mark.parametrize("shape", [SHAPES["image"], SHAPES["video"]], ids=["image", "video"])
 def test_values_and_gradients_in_triton(case, shape):
@@ -140,7 +136,7 @@ def test_same_bits_twice_and_alone(case, backend):
         assert torch.equal(a[0], b[1])
 
 
-@pytest.mark.skipif(GPU, reason="threads of the CPU")
+@pytest.mark.skipif(GPU, reason="this run is for a GPU; it is about the CPU's threads")
 def test_threads_change_nothing():
     x, u = (torch.randn(1, 3, 256, 256) for _ in range(2))
     t, l = torch.rand(2, 1, 128 * 128)
@@ -438,10 +434,7 @@ BAD = {  # what is wrong: (the call, the words its error must hold)
 @pytest.mark.parametrize("row", BAD.values(), ids=BAD)
 def test_bad_input(row):
     call, words = row
-    with pytest.raises((ValueError, TypeError)) as caught:
-        call()
-    for word in words:
-        assert word in str(caught.value), f"{word!r} is not in: {caught.value}"
+    check_refused(call, (ValueError, TypeError), words)
 
 
 def test_every_case_is_tested():

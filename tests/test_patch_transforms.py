@@ -10,9 +10,9 @@ from torch.utils._pytree import tree_map
 import pydiffuse as pd
 from pydiffuse import _ops
 from pydiffuse.grids import RESIDUAL
-from tests.cases.patch import CASES, DIFFERENTIABLE, MIXES, Maker
+from tests.cases.patch import CASES, DIFFERENTIABLE, MIXES, Maker, takes_gradient, with_gradients
 from tests.helpers import DEVICE, GPU, leaves, relative_error, run
-from tests.test_patch import takes_gradient, values_and_gradients, with_gradients
+from tests.test_patch import values_and_gradients
 
 BACKEND = "triton" if GPU else "cpu"
 SHAPE = (2, 3, 4, 6)

@@ -239,7 +239,7 @@ def test_devices_and_directions():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU")
 def test_cuda():
     path = hilbert((3, 4)).to("cuda")
     assert path is hilbert((3, 4)).to(torch.device("cuda", torch.cuda.current_device()))

@@ -13,6 +13,8 @@ from tests.cases.scan import CASES, SIZES, STEPS, TOLERANCE, ScanMaker, Size
 from tests.helpers import (
     BACKENDS,
     DEVICE,
+    assert_close,
+    check,
     doubled,
     leaves,
     relative_error,
@@ -21,7 +23,9 @@ from tests.helpers import (
 )
 
 ALL = [*CASES, *CONV_CASES]
+KERNELS = [c for c in ALL if c.op != "zigzag_mamba_inner"]  # torch's matrix products depend on the batch
 by_case = pytest.mark.parametrize("case", ALL, ids=lambda case: case.id)
+by_kernel = pytest.mark.parametrize("case", KERNELS, ids=lambda case: case.id)
 by_backend = pytest.mark.parametrize("backend", BACKENDS)
 by_layout = pytest.mark.parametrize("layout", ["bdl", "bld"])
 
@@ -30,45 +34,23 @@ def arguments(case, size, dtype=torch.float32, layout="bdl"):
     return case.make(ScanMaker(size, dtype, DEVICE, layout))
 
 
-def assert_close(results, expected, dtype, kind="value", factor=1.0):
-    # A gradient that cancels is measured by its companions: 0 has no relative error.
-    least = 1e-2 * max((ref.double().norm().item() for ref in expected), default=0.0)
-    for i, (out, ref) in enumerate(zip(results, expected, strict=True)):
-        assert out.shape == ref.shape
-        bound = factor * getattr(TOLERANCE[dtype], kind)
-        error = relative_error(out, ref, least)
-        assert error <= bound, f"{kind} {i}: {error:.2e} > {bound:.0e}"
+# There is no ScanPath of no tokens.
+SIZED = [(case, size) for case in ALL for size in SIZES if (case.name, size) != ("paths", "hollow")]
 
 
-def skip_slow(backend, size):
-    """The interpreter takes milliseconds a step."""
-    if backend == "triton" and DEVICE == "cpu" and size in ("chunks", "one_state"):
-        pytest.skip("too slow in the interpreter; `test_triton_across_chunks` has one of these")
-
-
-@by_case
+@pytest.mark.parametrize("case, size", SIZED, ids=lambda p: p if isinstance(p, str) else p.id)
 @by_backend
 @by_layout
-@pytest.mark.parametrize("size", SIZES)
-def test_values_and_gradients(case, backend, layout, size):
-    skip_slow(backend, size)
-    if size == "hollow" and case.name == "paths":
-        return  # there is no ScanPath of no tokens
-    given = arguments(case, SIZES[size], layout=layout)
-    results, gradients = values_and_gradients(case, given, backend)
-    expected, slopes = values_and_gradients(case, doubled(given), "reference")
-    assert_close(results, expected, torch.float32)
-    assert_close(gradients, slopes, torch.float32, "grad")
+def test_values_and_gradients(case, size, backend, layout):
+    if backend == "triton" and DEVICE == "cpu" and size in ("chunks", "one_state"):
+        pytest.skip("this machine has no GPU: in the interpreter a step takes milliseconds")
+    check(case, arguments(case, SIZES[size], layout=layout), backend, TOLERANCE)
 
 
-@pytest.mark.skipif("triton" not in BACKENDS, reason="Triton is not among the backends")
 def test_triton_across_chunks():
+    """In the interpreter, too, at the size of the smallest that has three chunks."""
     case = next(c for c in CASES if c.name == "sequences")
-    given = arguments(case, Size(1, 6, 131, 4))
-    results, gradients = values_and_gradients(case, given, "triton")
-    expected, slopes = values_and_gradients(case, doubled(given), "reference")
-    assert_close(results, expected, torch.float32)
-    assert_close(gradients, slopes, torch.float32, "grad")
+    check(case, arguments(case, Size(1, 6, 131, 4)), "triton", TOLERANCE)
 
 
 @by_case
@@ -76,13 +58,9 @@ def test_triton_across_chunks():
 @by_layout
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_low_precision(case, backend, layout, dtype):
-    given = arguments(case, SIZES["odd"], dtype, layout)
-    results, gradients = values_and_gradients(case, given, backend)
-    expected, slopes = values_and_gradients(case, doubled(given), "reference")
     # Mamba's block rounds between its matrix products.
     factor = 5.0 if case.op == "zigzag_mamba_inner" else 1.0
-    assert_close(results, expected, dtype, factor=factor)
-    assert_close(gradients, slopes, dtype, "grad", factor)
+    check(case, arguments(case, SIZES["odd"], dtype, layout), backend, TOLERANCE, dtype, factor)
 
 
 def test_mixed_dtypes_and_layouts():
@@ -106,14 +84,14 @@ def test_mixed_dtypes_and_layouts():
     )
     results, gradients = values_and_gradients(case, given, BACKENDS[0])
     expected, slopes = values_and_gradients(case, doubled(given), "reference")
-    assert_close(results, expected, torch.float32)
+    assert_close(results, expected, TOLERANCE, torch.float32)
     for gradient, slope in zip(gradients, slopes, strict=True):
         narrow = gradient.dtype if gradient.dtype in TOLERANCE else torch.float32
         assert relative_error(gradient, slope) <= TOLERANCE[narrow].grad
     assert results[0].stride() == given[0][0].stride()
 
 
-@by_case
+@by_kernel
 @by_backend
 def test_same_bits_twice_and_alone(case, backend):
     size = Size(3, 21, 19, 5) if backend == "triton" and DEVICE == "cpu" else Size(3, 84, 150, 16)
@@ -125,16 +103,13 @@ def test_same_bits_twice_and_alone(case, backend):
         lambda t: t[1:2] if isinstance(t, torch.Tensor) and t.shape[:1] == (3,) and t.dim() > 2 else t,
         given,
     )
-    if case.op == "zigzag_mamba_inner":
-        return  # torch's matrix products depend on the batch
     for a, b in zip(run(case, alone, backend), run(case, given, backend), strict=True):
         assert torch.equal(a[0], b[1])
 
 
-@by_case
+@pytest.mark.skipif(DEVICE != "cpu", reason="this run is for a GPU; it is about the CPU's threads")
+@by_kernel
 def test_threads_change_nothing(case):
-    if DEVICE != "cpu" or case.op == "zigzag_mamba_inner":
-        return
     given = arguments(case, Size(3, 150, 100, 16), layout="bld")
     before = torch.get_num_threads()
     try:
@@ -162,7 +137,7 @@ def test_forward_here_and_backward_there(there, back):
     expected = torch.autograd.grad(
         run(case, wide, "reference"), leaves(wide), [w.double() for w in weights]
     )
-    assert_close(found, expected, torch.float32, "grad")
+    assert_close(found, expected, TOLERANCE, torch.float32, "grad")
 
 
 def test_layouts_give_the_same_bits():
@@ -259,14 +234,15 @@ def test_extreme_steps(backend):
 @pytest.mark.parametrize("case", STEPS, ids=lambda case: case.id)
 @by_backend
 @pytest.mark.parametrize("size", ["odd", "states", "empty"])
-def test_one_step(case, backend, size):
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+def test_one_step(case, backend, size, dtype):
     """selective_state_update: the output, and the state that it leaves behind."""
-    given = arguments(case, SIZES[size])
+    given = arguments(case, SIZES[size], dtype)
     expected = doubled(given)
     ours = tree_map(lambda t: t.clone() if isinstance(t, torch.Tensor) else t, given)
     y = run(case, ours, backend)[0]
     y_ref = run(case, expected, "reference")[0]
-    assert_close([y, ours[0][0]], [y_ref, expected[0][0]], torch.float32)
+    assert_close([y, ours[0][0]], [y_ref, expected[0][0]], TOLERANCE, dtype)
 
 
 def test_steps_make_a_scan():

@@ -12,7 +12,13 @@ from pydiffuse import _ops
 from pydiffuse.paths import zigzag
 from tests.cases.conv import CASES as CONV_CASES
 from tests.cases.scan import CASES, ScanMaker, Size
-from tests.helpers import DEVICE, GPU, leaves, run, values_and_gradients
+from tests.helpers import (
+    DEVICE,
+    GPU,
+    check_compiled,
+    leaves,
+    run,
+)
 
 BACKEND = "cuda" if GPU else "cpu"
 SIZE = Size(2, 6, 9, 4)
@@ -23,30 +29,7 @@ by_case = pytest.mark.parametrize("case", ALL, ids=lambda case: case.id)
 @by_case
 def test_compile_fullgraph(case):
     """Values and gradients of the compiled function, in one graph."""
-    given = case.make(ScanMaker(SIZE, device=DEVICE))
-    expected, slopes = values_and_gradients(case, given, BACKEND)
-    torch._dynamo.reset()
-    op, kwargs = getattr(pydiffuse, case.op), given[1]
-    tensors = {k: v for k, v in kwargs.items() if isinstance(v, torch.Tensor)}
-    others = {k: v for k, v in kwargs.items() if k not in tensors}
-    compiled = torch.compile(
-        lambda args, kw: op(*args, **kw, **others), fullgraph=True, backend="aot_eager"
-    )
-    copies = tree_map(
-        lambda t: t.detach().requires_grad_() if isinstance(t, torch.Tensor) else t, (given[0], tensors)
-    )
-    results = leaves(compiled(*copies))
-    generator = torch.Generator().manual_seed(7)
-    loss = sum(
-        (torch.randn(r.shape, generator=generator, dtype=torch.float64).to(r.device) * r.double()).sum()
-        for r in results
-    )
-    inputs = leaves(copies)
-    found = torch.autograd.grad(loss, inputs, allow_unused=True)
-    for a, b in zip(results, expected, strict=True):
-        torch.testing.assert_close(a, b)
-    for t, a, b in zip(inputs, found, slopes, strict=True):
-        torch.testing.assert_close(torch.zeros_like(t) if a is None else a, b, rtol=1e-4, atol=1e-5)
+    check_compiled(case, case.make(ScanMaker(SIZE, device=DEVICE)), BACKEND)
 
 
 def test_compile_with_inductor():

@@ -10,7 +10,15 @@ from torch.utils._pytree import tree_map
 import pydiffuse
 from pydiffuse import _ops
 from tests.cases.guidance import CASES, Maker
-from tests.helpers import DEVICE, GPU, arguments, leaves, relative_error, run, values_and_gradients
+from tests.helpers import (
+    DEVICE,
+    GPU,
+    arguments,
+    check_compiled,
+    leaves,
+    relative_error,
+    run,
+)
 
 BACKEND = "cuda" if GPU else "cpu"
 SHAPE = (3, 4, 5, 7)
@@ -31,26 +39,7 @@ COMPILED = [
 @pytest.mark.parametrize("case", COMPILED, ids=lambda case: case.id)
 def test_compile_fullgraph(case):
     """Values and gradients of the compiled function, in one graph."""
-    given = arguments(case, SHAPE, torch.float32)
-    expected, slopes = values_and_gradients(case, given, BACKEND)
-    torch._dynamo.reset()
-    op = getattr(pydiffuse, case.op)
-    compiled = torch.compile(
-        lambda args, kwargs: op(*args, **kwargs), fullgraph=True, backend="aot_eager"
-    )
-    copies = tree_map(lambda t: t.detach().requires_grad_() if isinstance(t, torch.Tensor) else t, given)
-    results = leaves(compiled(*copies))
-    generator = torch.Generator().manual_seed(7)
-    loss = sum(
-        (torch.randn(r.shape, generator=generator, dtype=torch.float64).to(r.device) * r.double()).sum()
-        for r in results
-    )
-    inputs = leaves(copies)
-    found = torch.autograd.grad(loss, inputs, allow_unused=True)
-    for a, b in zip(results, expected, strict=True):
-        torch.testing.assert_close(a, b)
-    for t, a, b in zip(inputs, found, slopes, strict=True):
-        torch.testing.assert_close(torch.zeros_like(t) if a is None else a, b, rtol=1e-4, atol=1e-5)
+    check_compiled(case, arguments(case, SHAPE, torch.float32), BACKEND)
 
 
 def test_compile_with_inductor():

@@ -246,8 +246,4 @@ void sum(const ModulateBackwardArgs& a, int64_t begin, int64_t end) {
 }  // namespace
 }  // namespace pydiffuse
 
-#define PYDIFFUSE_JOIN_(a, b) a##b
-#define PYDIFFUSE_JOIN(a, b) PYDIFFUSE_JOIN_(a, b)
-extern "C" __attribute__((visibility("hidden")))
-const pydiffuse::AdalnKernels PYDIFFUSE_JOIN(pydiffuse_adaln_, PYDIFFUSE_ISA) = {
-    pydiffuse::modulate, pydiffuse::backward, pydiffuse::sum};
+PYDIFFUSE_TABLE(AdalnKernels, adaln) = {pydiffuse::modulate, pydiffuse::backward, pydiffuse::sum};

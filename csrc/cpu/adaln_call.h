@@ -11,13 +11,7 @@
 
 namespace pydiffuse {
 
-inline const AdalnKernels& adaln_kernels() {
-#if defined(__x86_64__)
-  if (capability() == Capability::avx512) return pydiffuse_adaln_avx512;
-  if (capability() == Capability::avx2) return pydiffuse_adaln_avx2;
-#endif
-  return pydiffuse_adaln_default;
-}
+inline const AdalnKernels& adaln_kernels() { return PYDIFFUSE_BEST(adaln); }
 
 constexpr int64_t TOKENS_GRAIN = 32768;  // features that are worth waking a thread for
 constexpr int64_t SEGMENT_FEATURES = 65536;

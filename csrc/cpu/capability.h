@@ -39,3 +39,13 @@ inline const char* capability_name() {
 }
 
 }  // namespace pydiffuse
+
+// The table of kernels for this CPU, out of the copies of pydiffuse_<stem>.
+#if defined(__x86_64__)
+#define PYDIFFUSE_BEST(stem)                                                            \
+  (pydiffuse::capability() == pydiffuse::Capability::avx512 ? pydiffuse_##stem##_avx512 \
+   : pydiffuse::capability() == pydiffuse::Capability::avx2 ? pydiffuse_##stem##_avx2   \
+                                                            : pydiffuse_##stem##_default)
+#else
+#define PYDIFFUSE_BEST(stem) pydiffuse_##stem##_default
+#endif

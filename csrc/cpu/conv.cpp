@@ -236,8 +236,5 @@ int64_t scratch_size(int64_t length) { return Scratch::size(length); }
 }  // namespace
 }  // namespace pydiffuse
 
-#define PYDIFFUSE_JOIN_(a, b) a##b
-#define PYDIFFUSE_JOIN(a, b) PYDIFFUSE_JOIN_(a, b)
-extern "C" __attribute__((visibility("hidden")))
-const pydiffuse::ConvKernels PYDIFFUSE_JOIN(pydiffuse_conv_, PYDIFFUSE_ISA) = {
-    pydiffuse::scratch_size, pydiffuse::forward, pydiffuse::backward};
+PYDIFFUSE_TABLE(ConvKernels, conv) = {pydiffuse::scratch_size, pydiffuse::forward,
+                                      pydiffuse::backward};

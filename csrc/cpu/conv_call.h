@@ -7,13 +7,7 @@
 
 namespace pydiffuse {
 
-inline const ConvKernels& conv_kernels() {
-#if defined(__x86_64__)
-  if (capability() == Capability::avx512) return pydiffuse_conv_avx512;
-  if (capability() == Capability::avx2) return pydiffuse_conv_avx2;
-#endif
-  return pydiffuse_conv_default;
-}
+inline const ConvKernels& conv_kernels() { return PYDIFFUSE_BEST(conv); }
 
 inline int64_t conv_blocks(const ConvCall& call) {
   return (call.channels + CONV_BLOCK - 1) / CONV_BLOCK;

@@ -262,8 +262,4 @@ void mix(const MixArgs& a, int64_t begin, int64_t end) {
 }  // namespace
 }  // namespace pydiffuse
 
-#define PYDIFFUSE_JOIN_(a, b) a##b
-#define PYDIFFUSE_JOIN(a, b) PYDIFFUSE_JOIN_(a, b)
-extern "C" __attribute__((visibility("hidden")))
-const pydiffuse::GuidanceKernels PYDIFFUSE_JOIN(pydiffuse_guidance_, PYDIFFUSE_ISA) = {
-    pydiffuse::gram, pydiffuse::mix};
+PYDIFFUSE_TABLE(GuidanceKernels, guidance) = {pydiffuse::gram, pydiffuse::mix};

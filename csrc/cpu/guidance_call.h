@@ -12,13 +12,7 @@
 
 namespace pydiffuse {
 
-inline const GuidanceKernels& guidance_kernels() {
-#if defined(__x86_64__)
-  if (capability() == Capability::avx512) return pydiffuse_guidance_avx512;
-  if (capability() == Capability::avx2) return pydiffuse_guidance_avx2;
-#endif
-  return pydiffuse_guidance_default;
-}
+inline const GuidanceKernels& guidance_kernels() { return PYDIFFUSE_BEST(guidance); }
 
 constexpr int64_t GRAIN = 32768;  // below this many elements a thread is not worth waking
 

@@ -8,12 +8,10 @@
 namespace pydiffuse {
 namespace {
 
-typedef int32_t vindex __attribute__((vector_size(WIDTH * 4)));
-
 // The blocks of STEP lanes at even (odd) places of a, then those of b.
 template <int STEP>
 inline vfloat every_other(vfloat a, vfloat b, bool odd) {
-  vindex even_lane, odd_lane;
+  vint even_lane, odd_lane;
   for (int i = 0; i < WIDTH; ++i) {
     const int block = i / STEP, within = i % STEP;
     even_lane[i] = 2 * block * STEP + within;  // of the 2 WIDTH lanes of a and b
@@ -38,7 +36,7 @@ inline vfloat lane_sums(vfloat* v) {
 // v[i][j] <-> v[j][i]
 template <int STEP = 1>
 inline void transpose(vfloat* v) {
-  vindex low, high;  // lanes with (i & STEP) == 0 from a, the others from b STEP places before
+  vint low, high;  // lanes with (i & STEP) == 0 from a, the others from b STEP places before
   for (int i = 0; i < WIDTH; ++i) {
     low[i] = i & STEP ? WIDTH + i - STEP : i;
     high[i] = i & STEP ? WIDTH + i : i + STEP;

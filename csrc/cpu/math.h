@@ -6,8 +6,6 @@
 namespace pydiffuse {
 namespace {
 
-typedef int32_t vint __attribute__((vector_size(WIDTH * 4)));
-
 constexpr float LOG2E = 1.44269504088896341f;
 
 inline vfloat splat(float x) { return x - vfloat{}; }  // + would turn -0 into 0, hence be code

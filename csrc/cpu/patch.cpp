@@ -384,8 +384,5 @@ bool within(const Table& table, int64_t batch, int64_t patches) {
 }  // namespace
 }  // namespace pydiffuse
 
-#define PYDIFFUSE_JOIN_(a, b) a##b
-#define PYDIFFUSE_JOIN(a, b) PYDIFFUSE_JOIN_(a, b)
-extern "C" __attribute__((visibility("hidden")))
-const pydiffuse::PatchKernels PYDIFFUSE_JOIN(pydiffuse_patch_, PYDIFFUSE_ISA) = {
-    pydiffuse::mix, pydiffuse::loss, pydiffuse::select, pydiffuse::within};
+PYDIFFUSE_TABLE(PatchKernels, patch) = {pydiffuse::mix, pydiffuse::loss, pydiffuse::select,
+                                        pydiffuse::within};

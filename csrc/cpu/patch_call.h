@@ -11,13 +11,7 @@
 
 namespace pydiffuse {
 
-inline const PatchKernels& patch_kernels() {
-#if defined(__x86_64__)
-  if (capability() == Capability::avx512) return pydiffuse_patch_avx512;
-  if (capability() == Capability::avx2) return pydiffuse_patch_avx2;
-#endif
-  return pydiffuse_patch_default;
-}
+inline const PatchKernels& patch_kernels() { return PYDIFFUSE_BEST(patch); }
 
 // Elements that make a thread worth waking.
 constexpr int64_t PATCH_GRAIN = 32768;

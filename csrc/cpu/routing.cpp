@@ -81,8 +81,4 @@ void move(const MoveArgs& a, int64_t begin, int64_t end) {
 }  // namespace
 }  // namespace pydiffuse
 
-#define PYDIFFUSE_JOIN_(a, b) a##b
-#define PYDIFFUSE_JOIN(a, b) PYDIFFUSE_JOIN_(a, b)
-extern "C" __attribute__((visibility("hidden")))
-const pydiffuse::RoutingKernels PYDIFFUSE_JOIN(pydiffuse_routing_,
-                                               PYDIFFUSE_ISA) = {pydiffuse::move};
+PYDIFFUSE_TABLE(RoutingKernels, routing) = {pydiffuse::move};

@@ -9,13 +9,7 @@
 
 namespace pydiffuse {
 
-inline const RoutingKernels& routing_kernels() {
-#if defined(__x86_64__)
-  if (capability() == Capability::avx512) return pydiffuse_routing_avx512;
-  if (capability() == Capability::avx2) return pydiffuse_routing_avx2;
-#endif
-  return pydiffuse_routing_default;
-}
+inline const RoutingKernels& routing_kernels() { return PYDIFFUSE_BEST(routing); }
 
 constexpr int64_t MOVE_GRAIN = 65536;  // bytes that are worth waking a thread for
 

@@ -214,10 +214,5 @@ void floor(int states, int64_t steps, float* scratch) {
 }  // namespace
 }  // namespace pydiffuse
 
-#define PYDIFFUSE_JOIN_(a, b) a##b
-#define PYDIFFUSE_JOIN(a, b) PYDIFFUSE_JOIN_(a, b)
-
-extern "C" __attribute__((visibility("hidden")))
-const pydiffuse::ScanKernels PYDIFFUSE_JOIN(pydiffuse_scan_, PYDIFFUSE_ISA) = {
-    pydiffuse::WIDTH, pydiffuse::forward_scratch, pydiffuse::pack, pydiffuse::forward,
-    pydiffuse::floor};
+PYDIFFUSE_TABLE(ScanKernels, scan) = {pydiffuse::WIDTH, pydiffuse::forward_scratch, pydiffuse::pack,
+                                      pydiffuse::forward, pydiffuse::floor};

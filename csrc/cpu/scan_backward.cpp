@@ -359,8 +359,5 @@ void reduce(const ScanBackwardArgs& a, int64_t begin, int64_t end) {
 }  // namespace
 }  // namespace pydiffuse
 
-#define PYDIFFUSE_JOIN_(a, b) a##b
-#define PYDIFFUSE_JOIN(a, b) PYDIFFUSE_JOIN_(a, b)
-extern "C" __attribute__((visibility("hidden")))
-const pydiffuse::ScanBackwardKernels PYDIFFUSE_JOIN(pydiffuse_scan_backward_, PYDIFFUSE_ISA) = {
-    pydiffuse::backward_scratch, pydiffuse::backward, pydiffuse::reduce};
+PYDIFFUSE_TABLE(ScanBackwardKernels, scan_backward) = {pydiffuse::backward_scratch,
+                                                       pydiffuse::backward, pydiffuse::reduce};

@@ -13,21 +13,9 @@
 
 namespace pydiffuse {
 
-inline const ScanKernels& scan_kernels() {
-#if defined(__x86_64__)
-  if (capability() == Capability::avx512) return pydiffuse_scan_avx512;
-  if (capability() == Capability::avx2) return pydiffuse_scan_avx2;
-#endif
-  return pydiffuse_scan_default;
-}
+inline const ScanKernels& scan_kernels() { return PYDIFFUSE_BEST(scan); }
 
-inline const ScanBackwardKernels& scan_backward_kernels() {
-#if defined(__x86_64__)
-  if (capability() == Capability::avx512) return pydiffuse_scan_backward_avx512;
-  if (capability() == Capability::avx2) return pydiffuse_scan_backward_avx2;
-#endif
-  return pydiffuse_scan_backward_default;
-}
+inline const ScanBackwardKernels& scan_backward_kernels() { return PYDIFFUSE_BEST(scan_backward); }
 
 class Scan {
  public:

@@ -15,6 +15,13 @@
 
 #include "../tensor.h"
 
+#define PYDIFFUSE_JOIN_(stem, isa) pydiffuse_##stem##_##isa
+#define PYDIFFUSE_JOIN(stem, isa) PYDIFFUSE_JOIN_(stem, isa)
+// The table that a file exports: pydiffuse_<stem>_<isa>.
+#define PYDIFFUSE_TABLE(Type, stem)                                                      \
+  extern "C" __attribute__((visibility("hidden"))) const pydiffuse::Type PYDIFFUSE_JOIN( \
+      stem, PYDIFFUSE_ISA)
+
 namespace pydiffuse {
 namespace {
 
@@ -28,6 +35,7 @@ constexpr int WIDTH = 4;
 constexpr int HALF = WIDTH / 2;  // float64 lanes
 
 typedef float vfloat __attribute__((vector_size(WIDTH * 4)));
+typedef int32_t vint __attribute__((vector_size(WIDTH * 4)));
 typedef float vhalf __attribute__((vector_size(HALF * 4)));
 typedef double vdouble __attribute__((vector_size(WIDTH * 4)));
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from pydiffuse._ops import ops_for
-from pydiffuse.autograd.functions import derive
+from pydiffuse.autograd.functions import derive, second_derivative
 
 
 class Call(NamedTuple):
@@ -130,10 +130,7 @@ class ModulateBackward(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        raise NotImplementedError(
-            f"{ctx.op}: the kernels differentiate once; for a second derivative run it inside"
-            ' `with pydiffuse.use_backend("reference")`'
-        )
+        raise second_derivative(ctx.op)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:

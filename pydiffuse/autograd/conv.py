@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 from pydiffuse._ops import ops_for
-from pydiffuse.autograd.functions import derive
-from pydiffuse.autograd.scan import dense_gradient, second_derivative, vmap_batches
+from pydiffuse.autograd.functions import derive, second_derivative
+from pydiffuse.autograd.scan import dense_gradient, vmap_batches
 from pydiffuse.calls.scan import new_tokens
 
 

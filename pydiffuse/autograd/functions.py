@@ -55,3 +55,11 @@ def derive(function: type[Function], *args: Any) -> Any:
     if torch.compiler.is_compiling():
         return function.forward(*args)
     return function.apply(*args)
+
+
+def second_derivative(op: str, more: str = "") -> NotImplementedError:
+    """What the backward of a backward raises."""
+    return NotImplementedError(
+        f"{op}: the kernels differentiate once; for a second derivative run it inside"
+        f' `with pydiffuse.use_backend("reference")`{more}'
+    )

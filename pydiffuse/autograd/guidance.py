@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pydiffuse._ops import ops_for
-from pydiffuse.autograd.functions import Batched, derive
+from pydiffuse.autograd.functions import Batched, derive, second_derivative
 from pydiffuse.layouts import all_ordered, new_like, ordered, samples_together
 from pydiffuse.rules import COMMON, RULES, UPDATE
 
@@ -164,10 +164,7 @@ class GuideBackward(Batched):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        raise NotImplementedError(
-            f"{ctx.op}: the kernels differentiate once; for a second derivative run it inside"
-            ' `with pydiffuse.use_backend("reference")`, or write it with gram and combine'
-        )
+        raise second_derivative(ctx.op, ", or write it with gram and combine")
 
 
 class Gram(Batched):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pydiffuse._ops import ops_for
-from pydiffuse.autograd.functions import Batched, derive
+from pydiffuse.autograd.functions import Batched, derive, second_derivative
 from pydiffuse.grids import RESIDUAL
 
 X, PRED, UNCOND, HISTORY, NOISY = range(5)
@@ -206,7 +206,4 @@ class PatchLossBackward(Batched):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        raise NotImplementedError(
-            "patch_loss: the kernels differentiate once; for a second derivative run it inside"
-            ' `with pydiffuse.use_backend("reference")`'
-        )
+        raise second_derivative("patch_loss")

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from pydiffuse._ops import ops_for
-from pydiffuse.autograd.functions import derive
+from pydiffuse.autograd.functions import derive, second_derivative
 from pydiffuse.calls.scan import CHUNK, ScanArguments, dense, new_tokens
 
 
@@ -119,13 +119,6 @@ class SelectiveScanBackward(Function):
 def dense_gradient(dy: Tensor) -> Tensor:
     """`dense`, but while Dynamo (torch 2.13) traces a backward, it knows no strides of gradients."""
     return dy.contiguous() if torch.compiler.is_compiling() else dense(dy)
-
-
-def second_derivative(op: str) -> NotImplementedError:
-    return NotImplementedError(
-        f"{op}: the kernels differentiate once; for a second derivative run it inside"
-        ' `with pydiffuse.use_backend("reference")`'
-    )
 
 
 def vmap_batches(

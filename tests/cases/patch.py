@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from pydiffuse.grids import PatchSize, count_patches, patch_sizes
 from tests.table import Case, Tolerance
@@ -155,3 +156,15 @@ CASES = [
 ]  # fmt: skip
 MIXES = [case for case in CASES if case.op in ("noise_patches", "patch_step", "convert")]
 DIFFERENTIABLE = [*MIXES, *(case for case in CASES if case.op == "patch_loss")]
+
+
+def takes_gradient(case: Case, t: Tensor) -> bool:
+    """Images do, tables of levels do not; the loss's tables do."""
+    return t.is_floating_point() and (t.dim() >= 3 or case.op == "patch_loss")
+
+
+def with_gradients(case: Case, given: Any) -> Any:
+    def copy(t: Any) -> Any:
+        return t.detach().requires_grad_(takes_gradient(case, t)) if isinstance(t, Tensor) else t
+
+    return tree_map(copy, given)
