@@ -1,13 +1,14 @@
 """Compiled kernels for diffusion and flow models, on the CPU and the GPU.
 
-The public ops of `pydiffuse.guidance`, `scan`, `conv`, `patch`, `adaln` and `routing` are re-exported here;
-`pydiffuse.paths` has orders over tokens, `pydiffuse.nn` modules, `pydiffuse.samplers` loops over a user's
-model. `backends()` says what runs where.
+The public ops of `pydiffuse.guidance`, `scan`, `conv`, `attention`, `patch`, `adaln` and `routing` are
+re-exported here; `pydiffuse.paths` has orders over tokens, `pydiffuse.plans` the tiles of an attention,
+`pydiffuse.nn` modules, `pydiffuse.samplers` loops over a user's model. `backends()` says what runs where.
 """
 
-from pydiffuse import _ops, paths, samplers
+from pydiffuse import _ops, paths, plans, samplers
 from pydiffuse._ops import backends, use_backend
 from pydiffuse.adaln import embed_t, gate_residual_modulate, modulate
+from pydiffuse.attention import entropy_scale, tile_attention
 from pydiffuse.conv import causal_conv1d
 from pydiffuse.guidance import (
     apg,
@@ -54,6 +55,7 @@ __all__ = [
     "compose",
     "convert",
     "embed_t",
+    "entropy_scale",
     "gate_residual_modulate",
     "gather_tokens",
     "gram",
@@ -66,6 +68,7 @@ __all__ = [
     "patch_step",
     "paths",
     "perp_neg",
+    "plans",
     "rescale",
     "route",
     "routed_linear",
@@ -78,6 +81,7 @@ __all__ = [
     "slerp",
     "superpose",
     "tcfg",
+    "tile_attention",
     "use_backend",
     "zigzag_mamba_inner",
 ]

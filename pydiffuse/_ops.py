@@ -39,6 +39,7 @@ _RULE = ("guide", "guide_backward")
 _LINEAR = ("gram", "mix")
 _SCANS = ("selective_scan", "selective_scan_backward")
 _CONVS = ("causal_conv1d", "causal_conv1d_backward")
+_ATTENTIONS = ("tile_attention", "tile_attention_backward")
 _MODULATIONS = ("modulate", "modulate_backward")
 _TOKENS = ("gather_tokens", "scatter_tokens")
 _NO_CUDA = ("reference", "cpu", "triton")  # on a GPU, Triton: bound by memory, it has nothing to gain
@@ -61,6 +62,7 @@ PUBLIC = {
         Op("selective_state_update", "scan", ("selective_state_update",)),
         Op("zigzag_mamba_inner", "scan", _SCANS),
         Op("causal_conv1d", "conv", _CONVS),
+        Op("tile_attention", "attention", _ATTENTIONS, _NO_CUDA),
         Op("modulate", "adaln", _MODULATIONS, _NO_CUDA),
         Op("gate_residual_modulate", "adaln", _MODULATIONS, _NO_CUDA),
         Op("embed_t", "adaln", (), _COMPOSED),

@@ -9,6 +9,11 @@ _SCAN = (
 )
 _CONV = "Tensor x, Tensor weight, Tensor? bias, Tensor? order, Tensor? offsets, bool silu"
 _MODULATE = "Tensor x, Tensor? branch, Tensor table, Tensor rows, int norm, float eps, bool factors"
+_ATTENTION = (
+    "Tensor q, Tensor k, Tensor v, Tensor? scales, float scale, Tensor bounds, Tensor starts, Tensor spans,"
+    " Tensor blocks, Tensor k_bounds, Tensor k_starts, Tensor k_spans, Tensor k_blocks, Tensor words,"
+    " Tensor mask_at, Tensor? order"
+)
 
 BY_STEM = {
     "guidance": {
@@ -31,6 +36,11 @@ BY_STEM = {
         "causal_conv1d": f"(Tensor(a!) out, {_CONV}) -> ()",
         "causal_conv1d_backward": "(Tensor(a!) dx, Tensor(b!) dweight, Tensor(c!)? dbias, Tensor dout,"
         f" {_CONV}) -> ()",
+    },
+    "attention": {
+        "tile_attention": f"(Tensor(a!) out, Tensor(b!)? lse, {_ATTENTION}) -> ()",
+        "tile_attention_backward": "(Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor dout, Tensor? dlse,"
+        f" Tensor out, Tensor lse, {_ATTENTION}) -> ()",
     },
     "adaln": {
         "modulate": f"(Tensor(a!) y, Tensor(b!)? r, {_MODULATE}) -> ()",

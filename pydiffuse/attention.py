@@ -1,0 +1,71 @@
+"""Attention that computes the tiles that a plan keeps, exactly, and no others.
+
+    plan = pydiffuse.plans.frames(num_frames=16, tokens_per_frame=256, references=2)
+    y = pydiffuse.tile_attention(q, k, v, plan)  # [B, H, 4096, D]
+
+The work is in proportion to `plan.density`. The formulas stand in pydiffuse.reference.attention.
+"""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from pydiffuse import _ops
+from pydiffuse.autograd.attention import TileAttention, run_attention
+from pydiffuse.autograd.functions import needs_function
+from pydiffuse.calls.attention import check_attention, scale_of
+from pydiffuse.checks import check_flag
+from pydiffuse.plans import TilePlan
+from pydiffuse.reference import attention as reference
+
+
+def tile_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: TilePlan,
+    *,
+    scale: float | Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """softmax(scale q k^T) v over the tiles of a plan.
+
+    q: [B, H, S, D] of float32, bfloat16 or float16; k, v: [B, Hk, Sk, D] with Hk a divisor of H (grouped
+    queries: heads h Hk / H share a key head). D: a multiple of 8 up to 256. Any strides; a transposed
+    [B, S, H, D] costs no copy, and the result lies in memory as q does. plan: for S queries and Sk keys, one
+    for all heads or one for each. scale: 1/sqrt(D) by default, a number, or a float tensor (H,), which takes
+    no gradient; `entropy_scale` has the one for lengths other than the trained one.
+
+    Returns out like q, and with return_lse also lse, float32 [B, H, S], the log of the sum of exp(scores),
+    to join attentions over different keys. A query that sees no key gets 0 and -inf. Gradients for q, k and
+    v, also through lse, once. A NaN or infinite value in v reaches all queries of a tile that sees its key,
+    also those that a mask within the tile excludes.
+
+    Efficient-vDiT, arXiv 2502.06155; Sliding Tile Attention, arXiv 2502.04507.
+    """
+    op = "tile_attention"
+    check_attention(op, q, k, v, plan)
+    check_flag(op, "return_lse", return_lse)
+    scales = scale_of(op, scale, q)
+    if _ops.forced_reference():
+        return reference.tile_attention(q, k, v, plan, scale=scale, return_lse=return_lse)
+    given = (q, k, v)
+    rest = (*scales, *plan.to(q.device).tensors)
+    if needs_function(*given):
+        out, lse = TileAttention.apply(*given, *rest)
+    else:
+        out, lse = run_attention(*given, return_lse, *rest)
+    return (out, lse) if return_lse else out
+
+
+def entropy_scale(head_dim: int, length: int, trained_length: int) -> float:
+    """The scale that keeps the attention's entropy at another number of tokens than the trained one:
+    sqrt(log_T(N) / D), N tokens now, T in training; 1/sqrt(D) at N = T (Jin et al., arXiv 2306.08645)."""
+    for name, value, least in (
+        ("head_dim", head_dim, 1), ("length", length, 1), ("trained_length", trained_length, 2),
+    ):  # fmt: skip
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"entropy_scale: {name} is {value!r}; accepted: an int, {least} or more")
+    return math.sqrt(math.log(length, trained_length) / head_dim)

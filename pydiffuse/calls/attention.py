@@ -1,0 +1,83 @@
+"""From the arguments of tile_attention to one op call."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pydiffuse import _ops
+from pydiffuse.checks import check_shape, describe
+from pydiffuse.plans import TilePlan
+
+MAX_HEAD_DIM = 256
+
+
+class Scale(NamedTuple):
+    """What scores are multiplied by: a number, or one per head."""
+
+    per_head: Tensor | None  # float32 [H]
+    number: float
+
+
+def check_attention(op: str, q: Tensor, k: Tensor, v: Tensor, plan: TilePlan) -> None:
+    names = "[B, H, S, D]"
+    check_shape(op, "q", q, (None,) * 4, names)
+    B, H, _, D = q.shape
+    check_shape(op, "k", k, (B, None, None, D), names, like=q)
+    check_shape(op, "v", v, k.shape, f"{names}, as k is", like=q)
+    for name, t in (("k", k), ("v", v)):
+        if t.dtype != q.dtype:
+            raise TypeError(f"{op}: {name} is {describe(t)}; accepted: {q.dtype}, as q is")
+    if D % 8 or not 8 <= D <= MAX_HEAD_DIM:
+        wider = -(-D // 8) * 8
+        remedy = f"; pad q, k and v to {wider}" if 0 < D < MAX_HEAD_DIM else ""
+        raise ValueError(f"{op}: head_dim {D} is not a multiple of 8 from 8 to {MAX_HEAD_DIM}{remedy}")
+    if not k.shape[1] or H % k.shape[1]:
+        raise ValueError(
+            f"{op}: q has {H} heads and k and v have {k.shape[1]}; accepted: a divisor of q's heads"
+        )
+    if not isinstance(plan, TilePlan):
+        raise TypeError(f"{op}: plan is {describe(plan)}; accepted: a TilePlan of pydiffuse.plans")
+    for name, t, length in (("q", q, plan.q_length), ("k", k, plan.k_length)):
+        if t.shape[2] != length:
+            raise ValueError(
+                f"{op}: {name} has {t.shape[2]} tokens and {plan!r} is for {length}; accepted: a plan made"
+                " for this length"
+            )
+    if plan.heads not in (1, H):
+        raise ValueError(f"{op}: {plan!r} is for {plan.heads} heads and q has {H}; accepted: 1 or {H}")
+
+
+def scale_of(op: str, scale: Any, q: Tensor) -> Scale:
+    if scale is None:
+        return Scale(None, 1 / math.sqrt(q.shape[-1]))
+    if isinstance(scale, Tensor):
+        H = q.shape[1]
+        if scale.shape not in ((), (H,)) or not scale.is_floating_point() or scale.device != q.device:
+            raise ValueError(
+                f"{op}: scale is {describe(scale)}; accepted: a number, or a float tensor ({H},), one for"
+                f" each head, on {q.device}"
+            )
+        if scale.requires_grad and torch.is_grad_enabled() and not _ops.forced_reference():
+            raise ValueError(f"{op}: scale takes no gradient; multiply q by it and give scale=1")
+        return Scale(scale.detach().float().expand(H).contiguous(), 1.0)
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
+        raise ValueError(f"{op}: scale is {scale!r}; accepted: a finite number or a float tensor (H,)")
+    return Scale(None, float(scale))
+
+
+def beside(t: Tensor) -> Tensor:
+    """t [B, H, S, D] with the features of each token side by side, which is all that kernels ask for.
+    While Dynamo (torch 2.13) traces a backward, it knows no strides of gradients."""
+    return t if t.stride(3) == 1 and not torch.compiler.is_compiling() else t.contiguous()
+
+
+def new_heads(t: Tensor) -> Tensor:
+    """An output like t, [B, H, S, D] or [B, S, H, D] in memory as t is."""
+    if t.transpose(1, 2).is_contiguous() and not t.is_contiguous():
+        B, H, S, D = t.shape
+        return torch.empty(B, S, H, D, dtype=t.dtype, device=t.device).transpose(1, 2)
+    return torch.empty(t.shape, dtype=t.dtype, device=t.device)
