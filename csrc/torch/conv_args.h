@@ -14,7 +14,7 @@ struct ConvInputs {
 };
 
 // Everything but the result.
-inline ConvCall conv_inputs(const Accepts& accepts, const ConvInputs& in) {
+inline ConvCall conv_inputs(const ScanAccepts& accepts, const ConvInputs& in) {
   STD_TORCH_CHECK(in.x.dim() == 3 && in.weight.dim() == 2, accepts.op,
                   ": x must be [batch, tokens, channels] and weight [channels, width]");
   ConvCall c{};
@@ -37,7 +37,7 @@ inline ConvCall conv_inputs(const Accepts& accepts, const ConvInputs& in) {
 }
 
 inline ConvCall conv_call(const Tensor& out, const ConvInputs& in) {
-  const Accepts accepts{"causal_conv1d", in.x};
+  const ScanAccepts accepts{{"causal_conv1d", in.x}};
   ConvCall c = conv_inputs(accepts, in);
   c.out = accepts.tokens("out", out, c.batch, 0, c.length, c.channels);
   return c;
@@ -51,7 +51,7 @@ struct ConvGradients {
 
 inline ConvBackwardCall conv_backward_call(const ConvGradients& out, const Tensor& dout,
                                            const ConvInputs& in) {
-  const Accepts accepts{"causal_conv1d_backward", in.x};
+  const ScanAccepts accepts{{"causal_conv1d_backward", in.x}};
   ConvBackwardCall b{};
   ConvCall& c = b.forward;
   c = conv_inputs(accepts, in);

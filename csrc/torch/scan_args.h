@@ -1,55 +1,13 @@
 // From the arguments of the scan ops to the structs of the kernels; CPU and CUDA alike.
 #pragma once
 
-#include <algorithm>
-#include <initializer_list>
-#include <string>
-
 #include "../scan.h"
-#include "tensors.h"
+#include "accepts.h"
 
 namespace pydiffuse {
 
-// What the arguments of one op must be. `like` says on which device.
-struct Accepts {
-  const char* op;
-  Tensor like;
-
-  template <class Sizes>
-  static std::string text(const Sizes& sizes) {
-    std::string s = "[";
-    for (const int64_t size : sizes) s += (s.size() > 1 ? ", " : "") + std::to_string(size);
-    return s + "]";
-  }
-  void shape(const char* name, const Tensor& t, std::initializer_list<int64_t> sizes) const {
-    const auto given = t.sizes();
-    STD_TORCH_CHECK(
-        given.size() == sizes.size() && std::equal(sizes.begin(), sizes.end(), given.begin()), op,
-        ": ", name, " has shape ", text(given), "; accepted: ", text(sizes));
-    STD_TORCH_CHECK(
-        t.is_cuda() == like.is_cuda() && t.get_device_index() == like.get_device_index(), op, ": ",
-        name, " is on another device than the input; all tensors must be on one");
-  }
-  // Contiguous float32.
-  float* floats(const char* name, const Tensor& t, std::initializer_list<int64_t> sizes) const {
-    shape(name, t, sizes);
-    STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.is_contiguous(), op, ": ", name,
-                    " must be contiguous float32");
-    return static_cast<float*>(t.data_ptr());
-  }
-  float* floats(const char* name, const MaybeTensor& t,
-                std::initializer_list<int64_t> sizes) const {
-    return t ? floats(name, *t, sizes) : nullptr;
-  }
-  // Contiguous int32.
-  const int32_t* ints(const char* name, const MaybeTensor& t,
-                      std::initializer_list<int64_t> sizes) const {
-    if (!t) return nullptr;
-    shape(name, *t, sizes);
-    STD_TORCH_CHECK(t->scalar_type() == ScalarType::Int && t->is_contiguous(), op, ": ", name,
-                    " must be contiguous int32");
-    return static_cast<const int32_t*>(t->data_ptr());
-  }
+// What the arguments of scans and convolutions must be.
+struct ScanAccepts : Accepts {
   // [batch, paths, length, channels], or without paths if those are 0. Channels or tokens lie next
   // to each other.
   Tokens tokens(const char* name, const Tensor& t, int64_t batch, int64_t paths, int64_t length,
@@ -84,7 +42,8 @@ struct ScanInputs {
   bool softplus;
 };
 
-inline Weights weights_of(const Accepts& accepts, const char* name, const Tensor& t, ScanCall& c) {
+inline Weights weights_of(const ScanAccepts& accepts, const char* name, const Tensor& t,
+                          ScanCall& c) {
   Weights w;
   if (t.dim() == 3) {
     w.data = accepts.floats(name, t, {c.paths, c.channels, c.states});
@@ -110,7 +69,7 @@ inline Weights weights_of(const Accepts& accepts, const char* name, const Tensor
 }
 
 // Everything but the results.
-inline ScanCall scan_inputs(const Accepts& accepts, const ScanInputs& in) {
+inline ScanCall scan_inputs(const ScanAccepts& accepts, const ScanInputs& in) {
   const char* op = accepts.op;
   STD_TORCH_CHECK(in.u.dim() == 3 && in.A.dim() == 3, op,
                   ": u must be [batch, tokens, channels] and A [paths, channels, states]");
@@ -142,7 +101,7 @@ inline ScanCall scan_inputs(const Accepts& accepts, const ScanInputs& in) {
 }
 
 // A sum over several paths is kept in float32.
-inline Tokens sum_over_paths(const Accepts& accepts, const char* name, const Tensor& t,
+inline Tokens sum_over_paths(const ScanAccepts& accepts, const char* name, const Tensor& t,
                              const ScanCall& c) {
   const Tokens tokens = accepts.tokens(name, t, c.batch, 0, c.length, c.channels);
   STD_TORCH_CHECK(c.paths == 1 || tokens.dtype == DType::f32, accepts.op, ": ", name,
@@ -152,7 +111,7 @@ inline Tokens sum_over_paths(const Accepts& accepts, const char* name, const Ten
 
 inline ScanCall scan_call(const Tensor& out, const MaybeTensor& last, const MaybeTensor& chunks,
                           const ScanInputs& in) {
-  const Accepts accepts{"selective_scan", in.u};
+  const ScanAccepts accepts{{"selective_scan", in.u}};
   ScanCall c = scan_inputs(accepts, in);
   c.out = sum_over_paths(accepts, "out", out, c);
   c.last = accepts.floats("last", last, {c.batch, c.sequences, c.paths, c.channels, c.states});
@@ -170,7 +129,7 @@ struct ScanGradients {
 inline ScanBackwardCall scan_backward_call(const ScanGradients& out, const Tensor& dout,
                                            const MaybeTensor& dlast, const Tensor& chunks,
                                            const ScanInputs& in) {
-  const Accepts accepts{"selective_scan_backward", in.u};
+  const ScanAccepts accepts{{"selective_scan_backward", in.u}};
   ScanBackwardCall b{};
   ScanCall& c = b.forward;
   c = scan_inputs(accepts, in);
@@ -206,7 +165,7 @@ struct StateInputs {
 };
 
 inline ScanCall state_update_call(const Tensor& out, const Tensor& state, const StateInputs& in) {
-  const Accepts accepts{"selective_state_update", in.x};
+  const ScanAccepts accepts{{"selective_state_update", in.x}};
   STD_TORCH_CHECK(in.x.dim() == 2 && in.A.dim() == 2 && in.B.dim() == 3, accepts.op,
                   ": x must be [batch, channels], A [channels, states], B [batch, groups, states]");
   ScanCall c{};

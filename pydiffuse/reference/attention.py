@@ -35,7 +35,7 @@ def tile_attention(
         scale = scale.to(q.dtype).reshape(-1, 1, 1)
     seen = plan.to_dense().to(q.device)  # [P, Sq, Sk]
     scores = (q @ k.transpose(-1, -2) * scale).masked_fill(~seen, -math.inf)
-    some = seen.any(-1)
+    some = (scores != -math.inf).any(-1)
     # A row of -inf has no softmax and no gradient: it is taken out before and put back after.
     lse = scores.masked_fill(~some[..., None], 0.0).logsumexp(-1)
     p = (scores - lse[..., None]).exp()

@@ -1,0 +1,42 @@
+// The CPU kernels of tile attention, as the doors call them: functions over a range of work items.
+//
+// Forward: an item is a block of queries of one head. Neighbouring items share a key head, whose
+// keys and values are packed at first need. Backward: an item is a part of the blocks of all heads
+// that share a key head. What an item is depends on the sizes alone, so the number of threads
+// changes no bit of the result.
+#pragma once
+
+#include "../attention.h"
+
+namespace pydiffuse {
+
+struct AttentionBackwardArgs {
+  AttentionBackwardCall call;
+  int64_t parts;        // of a key head's blocks
+  const int64_t* cuts;  // [plan heads, parts + 1] blocks
+  float* partial;  // [batch, kv_heads, parts, 2, keys, padded dim] dk and dv; null if parts is 1
+};
+
+struct AttentionKernels {
+  int64_t (*forward_scratch)(const AttentionCall&);  // floats that a call to `forward` needs
+  void (*forward)(const AttentionCall&, int64_t begin, int64_t end, float* scratch);
+};
+
+struct AttentionBackwardKernels {
+  int64_t (*scratch)(const AttentionBackwardArgs&);
+  int64_t (*padded)(int dim);  // floats of a row of a partial sum
+  void (*backward)(const AttentionBackwardArgs&, int64_t begin, int64_t end, float* scratch);
+  // Sums of the parts; items: [batch, kv_heads, 2].
+  void (*reduce)(const AttentionBackwardArgs&, int64_t begin, int64_t end, float* scratch);
+};
+
+}  // namespace pydiffuse
+
+extern "C" {
+__attribute__((
+    visibility("hidden"))) extern const pydiffuse::AttentionKernels pydiffuse_attention_default,
+    pydiffuse_attention_avx2, pydiffuse_attention_avx512;
+__attribute__((visibility("hidden"))) extern const pydiffuse::AttentionBackwardKernels
+    pydiffuse_attention_backward_default,
+    pydiffuse_attention_backward_avx2, pydiffuse_attention_backward_avx512;
+}

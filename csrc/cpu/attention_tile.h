@@ -1,0 +1,232 @@
+// What attention's forward and backward share: one matrix product in registers, heads as float32
+// rows and as packed columns, and the spans of a plan as chunks of KEYS keys.
+#pragma once
+
+#include "../attention.h"
+#include "lanes.h"
+#include "math.h"
+
+namespace pydiffuse {
+namespace {
+
+constexpr int KEYS = 64;  // of a chunk: its keys and values stay in the first cache
+constexpr int STRIP = 6;  // rows that a product has in registers,
+constexpr int COLS = WIDTH == 16 ? 4 : 2;  // and vectors: 24 accumulators of 32, or 12 of 16
+constexpr int KEY_VECTORS = KEYS / WIDTH;
+
+inline int64_t padded(int64_t n) { return (n + WIDTH - 1) / WIDTH * WIDTH; }
+
+// C [ROWS, N vectors] = A [ROWS, inner] B [inner, N vectors], added to C if asked for. A is
+// row-major, or read transposed: A[i, k] at A[k lda + i]. Per step N loads of B, ROWS broadcasts,
+// ROWS N multiply-adds.
+template <int ROWS, int N, bool TRANSPOSED>
+__attribute__((noinline)) void product_tile(const float* __restrict A, int64_t lda,
+                                            const float* __restrict B, int64_t ldb, int64_t inner,
+                                            float* __restrict C, int64_t ldc, bool add) {
+  vfloat sum[ROWS][N];
+  for (int r = 0; r < ROWS; ++r)
+    for (int c = 0; c < N; ++c) sum[r][c] = add ? load<vfloat>(C + r * ldc + c * WIDTH) : vfloat{};
+  for (int64_t k = 0; k < inner; ++k) {
+    vfloat b[N];
+    for (int c = 0; c < N; ++c) b[c] = load<vfloat>(B + k * ldb + c * WIDTH);
+    for (int r = 0; r < ROWS; ++r) {
+      const vfloat a = splat(TRANSPOSED ? A[k * lda + r] : A[r * lda + k]);
+      for (int c = 0; c < N; ++c) sum[r][c] += a * b[c];
+    }
+  }
+  for (int r = 0; r < ROWS; ++r)
+    for (int c = 0; c < N; ++c) store(C + r * ldc + c * WIDTH, sum[r][c]);
+}
+
+using ProductTile = void (*)(const float*, int64_t, const float*, int64_t, int64_t, float*, int64_t,
+                             bool);
+
+template <int ROWS, bool T>
+constexpr ProductTile product_tile_of(int vectors) {
+  if constexpr (COLS == 4) {
+    if (vectors == 4) return product_tile<ROWS, COLS, T>;
+    if (vectors == 3) return product_tile<ROWS, COLS - 1, T>;
+  }
+  return vectors == 2 ? product_tile<ROWS, 2, T> : product_tile<ROWS, 1, T>;
+}
+template <bool T>
+constexpr ProductTile product_tile_of(int rows, int vectors) {
+  switch (rows) {
+    case 6:
+      return product_tile_of<6, T>(vectors);
+    case 5:
+      return product_tile_of<5, T>(vectors);
+    case 4:
+      return product_tile_of<4, T>(vectors);
+    case 3:
+      return product_tile_of<3, T>(vectors);
+    case 2:
+      return product_tile_of<2, T>(vectors);
+    default:
+      return product_tile_of<1, T>(vectors);
+  }
+}
+
+// C [rows, vectors WIDTH] = or += A B for any number of rows and vectors.
+template <bool TRANSPOSED>
+inline void product(const float* A, int64_t lda, const float* B, int64_t ldb, int64_t inner,
+                    int64_t rows, int64_t vectors, float* C, int64_t ldc, bool add) {
+  const int64_t passes = (vectors + COLS - 1) / COLS;
+  for (int64_t pass = 0, v = 0; pass < passes; ++pass) {
+    const int n = static_cast<int>((vectors - v + passes - pass - 1) / (passes - pass));
+    for (int64_t r = 0; r < rows; r += STRIP) {
+      const int count = rows - r < STRIP ? static_cast<int>(rows - r) : STRIP;
+      product_tile_of<TRANSPOSED>(count, n)(A + (TRANSPOSED ? r : r * lda), lda, B + v * WIDTH, ldb,
+                                            inner, C + r * ldc + v * WIDTH, ldc, add);
+    }
+    v += n;
+  }
+}
+
+// A token's features times `scale` in float32, zeros up to `width`.
+inline void read_token(const Heads& heads, int64_t at, int dim, float scale, float* dst,
+                       int64_t width) {
+  with_element(heads.dtype, [&](auto element) {
+    using E = decltype(element);
+    const auto* src = static_cast<const typename E::Bits*>(heads.data) + at;
+    int i = 0;
+    for (; i + WIDTH <= dim; i += WIDTH) store(dst + i, E::read(src + i) * scale);
+    for (; i < dim; ++i) dst[i] = E::read_one(src + i) * scale;
+    for (; i < width; ++i) dst[i] = 0.0f;
+  });
+}
+
+inline void write_token(const float* src, float scale, const Heads& heads, int64_t at, int dim) {
+  with_element(heads.dtype, [&](auto element) {
+    using E = decltype(element);
+    auto* dst = static_cast<typename E::Bits*>(heads.data) + at;
+    int i = 0;
+    for (; i + WIDTH <= dim; i += WIDTH) E::write(dst + i, load<vfloat>(src + i) * scale, false);
+    for (; i < dim; ++i) E::write_one(dst + i, src[i] * scale);
+  });
+}
+
+// One head of keys or values in chunks of KEYS positions: as rows [KEYS, padded dim], as columns
+// [dim, KEYS], or as both. Positions past the last are zeros.
+struct Packing {
+  const Heads& heads;
+  const Plan& plan;
+  int64_t b, h, length;
+  int dim;
+  float *rows, *columns;  // of all chunks; null: not wanted
+  float* stage;           // [KEYS, padded dim], where no rows are wanted
+
+  void pack(int64_t chunk) const {
+    const int64_t wide = padded(dim);
+    float* r = rows ? rows + chunk * KEYS * wide : stage;
+    for (int64_t i = 0; i < KEYS; ++i) {
+      const int64_t position = chunk * KEYS + i;
+      if (position < length)
+        read_token(heads, heads.at(b, h, plan.token(position)), dim, 1.0f, r + i * wide, wide);
+      else
+        for (int64_t j = 0; j < wide; j += WIDTH) store(r + i * wide + j, vfloat{});
+    }
+    if (!columns) return;
+    float* c = columns + chunk * KEYS * dim;
+    for (int64_t i = 0; i < KEYS; i += WIDTH)
+      for (int64_t j = 0; j < dim; j += WIDTH) {
+        vfloat v[WIDTH];
+        for (int n = 0; n < WIDTH; ++n) v[n] = load<vfloat>(r + (i + n) * wide + j);
+        transpose(v);
+        for (int n = 0; n < WIDTH && j + n < dim; ++n) store(c + (j + n) * KEYS + i, v[n]);
+      }
+  }
+};
+
+inline int64_t chunks_of(int64_t length) { return (length + KEYS - 1) / KEYS; }
+
+// One key head, packed chunk by chunk where it is first looked at.
+struct PackedHead {
+  Packing keys, values;
+  uint8_t* packed;  // [chunks]
+
+  void open(int64_t b, int64_t h) {
+    if (b == keys.b && h == keys.h) return;
+    keys.b = values.b = b, keys.h = values.h = h;
+    std::memset(packed, 0, chunks_of(keys.length));
+  }
+  void need(int64_t chunk) const {
+    if (packed[chunk]) return;
+    packed[chunk] = 1;
+    keys.pack(chunk);
+    values.pack(chunk);
+  }
+};
+
+// The parts of a workspace, each from a line on.
+struct Workspace {
+  float* next;
+  int64_t used = 0;
+
+  float* take(int64_t n) {
+    float* at = next;
+    n = (n + 15) / 16 * 16;
+    used += n;
+    if (next) next += n;
+    return at;
+  }
+};
+
+// A part of a chunk that a block of queries sees.
+struct Seen {
+  int64_t chunk;
+  int lo, hi;            // keys [lo, hi) of the chunk
+  const int32_t* words;  // null: no mask; else of the block's first row,
+  int64_t words_per_row;
+  int64_t column;  // with the chunk's first key at this column (negative: before the first)
+
+  int first_vector() const { return lo / WIDTH; }
+  int vectors() const { return (hi + WIDTH - 1) / WIDTH - lo / WIDTH; }
+  bool whole() const { return !words && lo % WIDTH == 0 && hi % WIDTH == 0; }
+
+  // Which keys of the chunk row `row` of the block sees.
+  uint64_t bits(int64_t row) const {
+    const uint64_t inside = (hi == 64 ? ~uint64_t(0) : (uint64_t(1) << hi) - 1) >> lo << lo;
+    if (!words) return inside;
+    const int32_t* w = words + row * words_per_row;
+    const auto word = [&](int64_t i) {
+      return i < words_per_row ? uint64_t(uint32_t(w[i])) : uint64_t(0);
+    };
+    if (column < 0) return (word(0) | word(1) << 32) << -column & inside;
+    const int64_t i = column / 32, shift = column % 32;
+    uint64_t b = (word(i) | word(i + 1) << 32) >> shift;
+    if (shift) b |= word(i + 2) << (64 - shift);
+    return b & inside;
+  }
+};
+static_assert(KEYS == 64, "Seen::bits has a bit for each key of a chunk");
+
+// f(Seen) for everything that a block of a plan head sees, keys ascending.
+template <class F>
+inline void for_seen(const Plan& plan, int64_t plan_head, const int32_t* block, const F& f) {
+  const int32_t tile = block[0];
+  const int32_t* starts = plan.q.starts + plan_head * (plan.q.tiles + 1);
+  for (int32_t s = starts[tile]; s < starts[tile + 1]; ++s) {
+    const int32_t* span = plan.q.span + 3 * int64_t(s);
+    const int64_t begin = span[0], end = span[1], per_row = (end - begin + 31) / 32;
+    const int32_t* words = nullptr;
+    if (span[2] != FULL)
+      words = plan.word + plan.mask_at[span[2]] + (block[1] - plan.q.bounds[tile]) * per_row;
+    for (int64_t chunk = begin / KEYS; chunk * KEYS < end; ++chunk) {
+      const int64_t at = chunk * KEYS;
+      f(Seen{chunk, static_cast<int>(begin > at ? begin - at : 0),
+             static_cast<int>(end < at + KEYS ? end - at : KEYS), words, per_row, at - begin});
+    }
+  }
+}
+
+// Lanes of v whose bit is not set become `other`.
+inline vfloat where_set(uint64_t bits, vfloat v, float other) {
+  vint bit;
+  for (int i = 0; i < WIDTH; ++i) bit[i] = 1 << i;
+  const vint set = (vint{} + static_cast<int32_t>(bits & ((uint64_t(1) << WIDTH) - 1))) & bit;
+  return set != 0 ? v : splat(other);
+}
+
+}  // namespace
+}  // namespace pydiffuse

@@ -1,0 +1,187 @@
+// The torch door of tile attention on the CPU. Schemas stand in pydiffuse/_schemas.py.
+#include "../cpu/attention_call.h"
+#include "accepts.h"
+
+namespace pydiffuse {
+namespace {
+
+// The plan's tensors, in the schema's order.
+struct PlanInputs {
+  const Tensor &bounds, &starts, &spans, &blocks, &k_bounds, &k_starts, &k_spans, &k_blocks, &words,
+      &mask_at;
+  const MaybeTensor& order;
+};
+
+struct AttentionInputs {
+  const Tensor &q, &k, &v;
+  const MaybeTensor& scales;
+  double scale;
+};
+
+Heads heads(const Accepts& accepts, const char* name, const Tensor& t,
+            std::initializer_list<int64_t> sizes) {
+  accepts.shape(name, t, sizes);
+  STD_TORCH_CHECK(t.numel() == 0 || t.stride(3) == 1, accepts.op, ": ", name,
+                  " must have a token's features side by side");
+  STD_TORCH_CHECK(t.scalar_type() == accepts.like.scalar_type(), accepts.op, ": ", name,
+                  " has another dtype than q; accepted: q's");
+  return {t.data_ptr(), {t.stride(0), t.stride(1), t.stride(2)}, dtype_of(accepts.op, t)};
+}
+
+PlanSide side(const Accepts& accepts, const Tensor& bounds, const Tensor& starts,
+              const Tensor& spans, const Tensor& blocks, int64_t plan_heads) {
+  PlanSide s;
+  s.tiles = bounds.numel() - 1;
+  s.spans = spans.size(0);
+  s.blocks = blocks.dim() == 3 ? blocks.size(1) : 0;
+  s.bounds = accepts.ints("bounds", bounds, {s.tiles + 1});
+  s.starts = accepts.ints("starts", starts, {plan_heads, s.tiles + 1});
+  s.span = accepts.ints("spans", spans, {s.spans, 3});
+  s.block = accepts.ints("blocks", blocks, {plan_heads, s.blocks, 3});
+  return s;
+}
+
+// What the kernels would read out of bounds, in words; null where all is well. `other` is the
+// length of the side that is seen.
+const char* bad_side(const PlanSide& s, const Plan& plan, int64_t length, int64_t other) {
+  if (s.tiles < 1 || s.bounds[0] != 0 || s.bounds[s.tiles] != length)
+    return "bounds must rise from 0 to the number of tokens";
+  for (int64_t t = 0; t < s.tiles; ++t)
+    if (s.bounds[t] >= s.bounds[t + 1]) return "bounds must rise from 0 to the number of tokens";
+  for (int64_t p = 0; p < plan.heads; ++p) {
+    const int32_t* starts = s.starts + p * (s.tiles + 1);
+    for (int64_t t = 0; t < s.tiles; ++t)
+      if (starts[t] < 0 || starts[t] > starts[t + 1] || starts[t + 1] > s.spans)
+        return "starts must rise within the spans";
+    for (int64_t i = 0; i < s.blocks; ++i) {
+      const int32_t* b = s.block + (p * s.blocks + i) * 3;
+      if (b[0] < 0 || b[0] >= s.tiles || b[1] < s.bounds[b[0]] || b[2] > s.bounds[b[0] + 1] ||
+          b[1] >= b[2] || b[2] - b[1] > ATTENTION_BLOCK)
+        return "blocks must lie within their tiles and have 1 to 128 rows";
+    }
+  }
+  for (int64_t i = 0; i < s.spans; ++i) {
+    const int32_t* span = s.span + 3 * i;
+    if (span[0] < 0 || span[0] >= span[1] || span[1] > other || span[2] < FULL ||
+        span[2] >= plan.masks)
+      return "spans must lie within the tokens, their masks within the masks";
+  }
+  return nullptr;
+}
+
+// Every mask that a tile of queries names must have its words.
+const char* bad_masks(const Plan& plan) {
+  for (int64_t p = 0; p < plan.heads; ++p)
+    for (int64_t t = 0; t < plan.q.tiles; ++t)
+      for (int32_t i = plan.q.starts[p * (plan.q.tiles + 1) + t];
+           i < plan.q.starts[p * (plan.q.tiles + 1) + t + 1]; ++i) {
+        const int32_t* span = plan.q.span + 3 * int64_t(i);
+        if (span[2] == FULL) continue;
+        const int64_t rows = plan.q.bounds[t + 1] - plan.q.bounds[t];
+        const int64_t at = plan.mask_at[span[2]], size = rows * ((span[1] - span[0] + 31) / 32);
+        if (at < 0 || at + size > plan.words) return "masks must lie within the words";
+      }
+  return nullptr;
+}
+
+Plan plan_of(const Accepts& accepts, const PlanInputs& in, int64_t heads, int64_t queries,
+             int64_t keys) {
+  Plan plan;
+  STD_TORCH_CHECK(in.starts.dim() == 2 && (in.starts.size(0) == 1 || in.starts.size(0) == heads),
+                  accepts.op, ": the plan must be for 1 or ", heads, " heads");
+  plan.heads = in.starts.size(0);
+  plan.words = in.words.numel();
+  plan.masks = in.mask_at.numel();
+  plan.q = side(accepts, in.bounds, in.starts, in.spans, in.blocks, plan.heads);
+  plan.k = side(accepts, in.k_bounds, in.k_starts, in.k_spans, in.k_blocks, plan.heads);
+  plan.word = accepts.ints("words", in.words, {plan.words});
+  accepts.shape("mask_at", in.mask_at, {plan.masks});
+  STD_TORCH_CHECK(in.mask_at.scalar_type() == ScalarType::Long && in.mask_at.is_contiguous(),
+                  accepts.op, ": mask_at must be contiguous int64");
+  plan.mask_at = static_cast<const int64_t*>(in.mask_at.data_ptr());
+  plan.order = accepts.ints("order", in.order, {queries});
+  const char* bad = bad_side(plan.q, plan, queries, keys);
+  if (!bad) bad = bad_side(plan.k, plan, keys, queries);
+  if (!bad) bad = bad_masks(plan);
+  STD_TORCH_CHECK(!bad, accepts.op, ": ", bad ? bad : "");
+  if (plan.order) {
+    STD_TORCH_CHECK(keys == queries, accepts.op, ": an order is for as many keys as queries");
+    for (int64_t i = 0; i < queries; ++i)
+      STD_TORCH_CHECK(plan.order[i] >= 0 && plan.order[i] < queries, accepts.op,
+                      ": order holds tokens that do not exist");
+  }
+  return plan;
+}
+
+AttentionCall attention_call(const Accepts& accepts, const AttentionInputs& in,
+                             const PlanInputs& plan, const Tensor& out) {
+  const Tensor& q = in.q;
+  STD_TORCH_CHECK(q.dim() == 4 && in.k.dim() == 4, accepts.op,
+                  ": q and k must be [batch, heads, tokens, dim]");
+  AttentionCall c{};
+  c.batch = q.size(0), c.heads = q.size(1), c.queries = q.size(2);
+  c.kv_heads = in.k.size(1), c.keys = in.k.size(2);
+  const int64_t dim = q.size(3);
+  STD_TORCH_CHECK(dim >= 8 && dim % 8 == 0 && dim <= MAX_HEAD_DIM, accepts.op, ": head_dim ", dim,
+                  " is not a multiple of 8 from 8 to 256");
+  STD_TORCH_CHECK(c.kv_heads > 0 && c.heads % c.kv_heads == 0, accepts.op, ": k has ", c.kv_heads,
+                  " heads; accepted: a divisor of q's ", c.heads);
+  c.dim = static_cast<int>(dim);
+  c.q = heads(accepts, "q", q, {c.batch, c.heads, c.queries, dim});
+  c.k = heads(accepts, "k", in.k, {c.batch, c.kv_heads, c.keys, dim});
+  c.v = heads(accepts, "v", in.v, {c.batch, c.kv_heads, c.keys, dim});
+  c.out = heads(accepts, "out", out, {c.batch, c.heads, c.queries, dim});
+  c.scales = accepts.floats("scales", in.scales, {c.heads});
+  c.scale = static_cast<float>(in.scale);
+  c.plan = plan_of(accepts, plan, c.heads, c.queries, c.keys);
+  return c;
+}
+
+void tile_attention_cpu(const Tensor& out, const MaybeTensor& lse, const Tensor& q, const Tensor& k,
+                        const Tensor& v, const MaybeTensor& scales, double scale,
+                        const Tensor& bounds, const Tensor& starts, const Tensor& spans,
+                        const Tensor& blocks, const Tensor& k_bounds, const Tensor& k_starts,
+                        const Tensor& k_spans, const Tensor& k_blocks, const Tensor& words,
+                        const Tensor& mask_at, const MaybeTensor& order) {
+  const Accepts accepts{"tile_attention", q};
+  AttentionCall call = attention_call(
+      accepts, {q, k, v, scales, scale},
+      {bounds, starts, spans, blocks, k_bounds, k_starts, k_spans, k_blocks, words, mask_at, order},
+      out);
+  call.lse = accepts.floats("lse", lse, {call.batch, call.heads, call.queries});
+  tile_attention(call, TorchThreads{});
+}
+
+void tile_attention_backward_cpu(const Tensor& dq, const Tensor& dk, const Tensor& dv,
+                                 const Tensor& dout, const MaybeTensor& dlse, const Tensor& out,
+                                 const Tensor& lse, const Tensor& q, const Tensor& k,
+                                 const Tensor& v, const MaybeTensor& scales, double scale,
+                                 const Tensor& bounds, const Tensor& starts, const Tensor& spans,
+                                 const Tensor& blocks, const Tensor& k_bounds,
+                                 const Tensor& k_starts, const Tensor& k_spans,
+                                 const Tensor& k_blocks, const Tensor& words, const Tensor& mask_at,
+                                 const MaybeTensor& order) {
+  const Accepts accepts{"tile_attention_backward", q};
+  AttentionBackwardCall b{};
+  AttentionCall& c = b.forward;
+  c = attention_call(
+      accepts, {q, k, v, scales, scale},
+      {bounds, starts, spans, blocks, k_bounds, k_starts, k_spans, k_blocks, words, mask_at, order},
+      out);
+  c.lse = accepts.floats("lse", lse, {c.batch, c.heads, c.queries});
+  b.dlse = accepts.floats("dlse", dlse, {c.batch, c.heads, c.queries});
+  b.dout = heads(accepts, "dout", dout, {c.batch, c.heads, c.queries, c.dim});
+  b.dq = heads(accepts, "dq", dq, {c.batch, c.heads, c.queries, c.dim});
+  b.dk = heads(accepts, "dk", dk, {c.batch, c.kv_heads, c.keys, c.dim});
+  b.dv = heads(accepts, "dv", dv, {c.batch, c.kv_heads, c.keys, c.dim});
+  tile_attention_backward(b, TorchThreads{});
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(pydiffuse, CPU, m) {
+  m.impl("tile_attention", TORCH_BOX(&tile_attention_cpu));
+  m.impl("tile_attention_backward", TORCH_BOX(&tile_attention_backward_cpu));
+}
+
+}  // namespace pydiffuse
