@@ -27,6 +27,7 @@ SIMD = {"default": ""}
 if X86:
     SIMD["avx2"] = "-mavx2 -mfma -mf16c"
     SIMD["avx512"] = "-mavx512f -mavx512dq -mavx512vl -mavx512bw " + SIMD["avx2"]
+EXTRA = {("attention_bf16", "avx512"): "-mavx512bf16"}  # asked for at run time, beside avx512
 TORCH = "-DTORCH_TARGET_VERSION=0x020b000000000000ULL " + " ".join(
     f"-isystem {p}" for p in include_paths()
 )
@@ -79,7 +80,12 @@ class NinjaBuild(build_ext):
             lines.append(f"build {path}: link {' '.join(objects)}\n libs = {libs}")
 
         kernels = [
-            compiled(source, f"{CXX} {flags} -Wno-maybe-uninitialized -DPYDIFFUSE_ISA={isa}", f".{isa}")
+            compiled(
+                source,
+                f"{CXX} {flags} {EXTRA.get((source.stem, isa), '')} -Wno-maybe-uninitialized"
+                f" -DPYDIFFUSE_ISA={isa}",
+                f".{isa}",
+            )
             for source in sorted((ROOT / "csrc/cpu").glob("*.cpp"))
             for isa, flags in SIMD.items()
         ]

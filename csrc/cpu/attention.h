@@ -17,26 +17,22 @@ struct AttentionBackwardArgs {
   float* partial;  // [batch, kv_heads, parts, 2, keys, padded dim] dk and dv; null if parts is 1
 };
 
-struct AttentionKernels {
+struct AttentionKernels {                            // null where the instruction set has none
   int64_t (*forward_scratch)(const AttentionCall&);  // floats that a call to `forward` needs
   void (*forward)(const AttentionCall&, int64_t begin, int64_t end, float* scratch);
-};
-
-struct AttentionBackwardKernels {
-  int64_t (*scratch)(const AttentionBackwardArgs&);
+  int64_t (*backward_scratch)(const AttentionBackwardArgs&);
   int64_t (*padded)(int dim);  // floats of a row of a partial sum
   void (*backward)(const AttentionBackwardArgs&, int64_t begin, int64_t end, float* scratch);
-  // Sums of the parts; items: [batch, kv_heads, 2].
+  // Sums of the parts; items: [batch, kv_heads, 2]; scratch: a padded row.
   void (*reduce)(const AttentionBackwardArgs&, int64_t begin, int64_t end, float* scratch);
 };
 
 }  // namespace pydiffuse
 
+// Products of float32, and of bfloat16 pairs.
 extern "C" {
 __attribute__((
     visibility("hidden"))) extern const pydiffuse::AttentionKernels pydiffuse_attention_default,
-    pydiffuse_attention_avx2, pydiffuse_attention_avx512;
-__attribute__((visibility("hidden"))) extern const pydiffuse::AttentionBackwardKernels
-    pydiffuse_attention_backward_default,
-    pydiffuse_attention_backward_avx2, pydiffuse_attention_backward_avx512;
+    pydiffuse_attention_avx2, pydiffuse_attention_avx512, pydiffuse_attention_bf16_default,
+    pydiffuse_attention_bf16_avx2, pydiffuse_attention_bf16_avx512;
 }

@@ -12,11 +12,12 @@
 
 namespace pydiffuse {
 
-inline const AttentionKernels& attention_kernels() { return PYDIFFUSE_BEST(attention); }
-inline const AttentionBackwardKernels& attention_backward_kernels() {
-  return PYDIFFUSE_BEST(attention_backward);
+// bfloat16 is multiplied as such where the CPU does, else as float32.
+inline const AttentionKernels& attention_kernels(DType dtype) {
+  const AttentionKernels& pairs = PYDIFFUSE_BEST(attention_bf16);
+  return dtype == DType::bf16 && pairs.forward && multiplies_bf16() ? pairs
+                                                                    : PYDIFFUSE_BEST(attention);
 }
-
 // Fewer key heads than this are cut into parts in the backward, for the threads.
 constexpr int64_t BACKWARD_ITEMS = 8;
 
@@ -61,7 +62,7 @@ void tile_attention(const AttentionCall& c, const Parallel& parallel) {
     before += sums.back();
   }
   cuts.resize(shares + 1, heads * blocks);
-  const auto& kernels = attention_kernels();
+  const auto& kernels = attention_kernels(c.q.dtype);
   parallel(shares, 1, [&](int64_t begin, int64_t end) {
     const Floats scratch(kernels.forward_scratch(c));
     kernels.forward(c, cuts[begin], cuts[end], scratch.data());
@@ -73,7 +74,7 @@ void tile_attention_backward(const AttentionBackwardCall& call, const Parallel& 
   const AttentionCall& c = call.forward;
   const int64_t key_heads = c.batch * c.kv_heads;
   if (!key_heads || !c.keys) return;
-  const auto& kernels = attention_backward_kernels();
+  const auto& kernels = attention_kernels(c.q.dtype);
   const int64_t blocks = c.plan.q.blocks;
   const int64_t parts = std::clamp<int64_t>((BACKWARD_ITEMS + key_heads - 1) / key_heads, 1,
                                             std::max<int64_t>(1, blocks));
@@ -90,7 +91,7 @@ void tile_attention_backward(const AttentionBackwardCall& call, const Parallel& 
   const Floats partial(parts > 1 ? key_heads * parts * 2 * c.keys * row : 0);
   const AttentionBackwardArgs a{call, parts, cuts.data(), parts > 1 ? partial.data() : nullptr};
   parallel(key_heads * parts, 1, [&](int64_t begin, int64_t end) {
-    const Floats scratch(kernels.scratch(a));
+    const Floats scratch(kernels.backward_scratch(a));
     kernels.backward(a, begin, end, scratch.data());
   });
   if (parts == 1) return;

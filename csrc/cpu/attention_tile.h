@@ -14,12 +14,42 @@ constexpr int STRIP = 6;  // rows that a product has in registers,
 constexpr int COLS = WIDTH == 16 ? 4 : 2;  // and vectors: 24 accumulators of 32, or 12 of 16
 constexpr int KEY_VECTORS = KEYS / WIDTH;
 
+inline vfloat splat_word(const float* p) {
+  typedef uint32_t words __attribute__((vector_size(WIDTH * 4)));
+  uint32_t word;
+  std::memcpy(&word, p, 4);
+  return (vfloat)(words{} + word);
+}
+
 inline int64_t padded(int64_t n) { return (n + WIDTH - 1) / WIDTH * WIDTH; }
 
-// C [ROWS, N vectors] = A [ROWS, inner] B [inner, N vectors], added to C if asked for. A is
-// row-major, or read transposed: A[i, k] at A[k lda + i]. Per step N loads of B, ROWS broadcasts,
-// ROWS N multiply-adds.
-template <int ROWS, int N, bool TRANSPOSED>
+// What products multiply: 32-bit words, each a float32, or where the CPU has AVX512-BF16 a pair of
+// bfloat16 whose two products are summed in float32.
+struct Singles {
+  static constexpr int PAIR = 1;  // numbers in a word
+  static vfloat multiply_add(vfloat sum, vfloat a, vfloat b) { return sum + a * b; }
+};
+#if defined(__AVX512BF16__)
+struct Pairs {
+  static constexpr int PAIR = 2;
+  static vfloat multiply_add(vfloat sum, vfloat a, vfloat b) {
+    return (vfloat)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+  }
+  static vfloat pairs(vfloat low, vfloat high) {  // 2 WIDTH numbers, rounded, in their order
+    return (vfloat)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+  }
+  static vfloat pair(vfloat low, vfloat high) {  // of each lane
+    const __m512i a = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)low));
+    const __m512i b = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)high));
+    return (vfloat)(a | _mm512_slli_epi32(b, 16));
+  }
+};
+#endif
+
+// C [ROWS, N vectors] = A [ROWS, inner] B [inner, N vectors], added to C if asked for. A and B are
+// of words. A is row-major, or read transposed: A[i, k] at A[k lda + i]. Per step N loads of B,
+// ROWS broadcasts, ROWS N multiply-adds.
+template <class Words, int ROWS, int N, bool TRANSPOSED>
 __attribute__((noinline)) void product_tile(const float* __restrict A, int64_t lda,
                                             const float* __restrict B, int64_t ldb, int64_t inner,
                                             float* __restrict C, int64_t ldc, bool add) {
@@ -30,8 +60,8 @@ __attribute__((noinline)) void product_tile(const float* __restrict A, int64_t l
     vfloat b[N];
     for (int c = 0; c < N; ++c) b[c] = load<vfloat>(B + k * ldb + c * WIDTH);
     for (int r = 0; r < ROWS; ++r) {
-      const vfloat a = splat(TRANSPOSED ? A[k * lda + r] : A[r * lda + k]);
-      for (int c = 0; c < N; ++c) sum[r][c] += a * b[c];
+      const vfloat a = splat_word(A + (TRANSPOSED ? k * lda + r : r * lda + k));
+      for (int c = 0; c < N; ++c) sum[r][c] = Words::multiply_add(sum[r][c], a, b[c]);
     }
   }
   for (int r = 0; r < ROWS; ++r)
@@ -41,34 +71,25 @@ __attribute__((noinline)) void product_tile(const float* __restrict A, int64_t l
 using ProductTile = void (*)(const float*, int64_t, const float*, int64_t, int64_t, float*, int64_t,
                              bool);
 
-template <int ROWS, bool T>
+template <class Words, bool T, int ROWS>
 constexpr ProductTile product_tile_of(int vectors) {
   if constexpr (COLS == 4) {
-    if (vectors == 4) return product_tile<ROWS, COLS, T>;
-    if (vectors == 3) return product_tile<ROWS, COLS - 1, T>;
+    if (vectors == 4) return product_tile<Words, ROWS, COLS, T>;
+    if (vectors == 3) return product_tile<Words, ROWS, COLS - 1, T>;
   }
-  return vectors == 2 ? product_tile<ROWS, 2, T> : product_tile<ROWS, 1, T>;
+  return vectors == 2 ? product_tile<Words, ROWS, 2, T> : product_tile<Words, ROWS, 1, T>;
 }
-template <bool T>
+template <class Words, bool T, int ROWS = STRIP>
 constexpr ProductTile product_tile_of(int rows, int vectors) {
-  switch (rows) {
-    case 6:
-      return product_tile_of<6, T>(vectors);
-    case 5:
-      return product_tile_of<5, T>(vectors);
-    case 4:
-      return product_tile_of<4, T>(vectors);
-    case 3:
-      return product_tile_of<3, T>(vectors);
-    case 2:
-      return product_tile_of<2, T>(vectors);
-    default:
-      return product_tile_of<1, T>(vectors);
-  }
+  if constexpr (ROWS == 1)
+    return product_tile_of<Words, T, 1>(vectors);
+  else
+    return rows == ROWS ? product_tile_of<Words, T, ROWS>(vectors)
+                        : product_tile_of<Words, T, ROWS - 1>(rows, vectors);
 }
 
 // C [rows, vectors WIDTH] = or += A B for any number of rows and vectors.
-template <bool TRANSPOSED>
+template <class Words, bool TRANSPOSED = false>
 inline void product(const float* A, int64_t lda, const float* B, int64_t ldb, int64_t inner,
                     int64_t rows, int64_t vectors, float* C, int64_t ldc, bool add) {
   const int64_t passes = (vectors + COLS - 1) / COLS;
@@ -76,8 +97,9 @@ inline void product(const float* A, int64_t lda, const float* B, int64_t ldb, in
     const int n = static_cast<int>((vectors - v + passes - pass - 1) / (passes - pass));
     for (int64_t r = 0; r < rows; r += STRIP) {
       const int count = rows - r < STRIP ? static_cast<int>(rows - r) : STRIP;
-      product_tile_of<TRANSPOSED>(count, n)(A + (TRANSPOSED ? r : r * lda), lda, B + v * WIDTH, ldb,
-                                            inner, C + r * ldc + v * WIDTH, ldc, add);
+      product_tile_of<Words, TRANSPOSED>(count, n)(A + (TRANSPOSED ? r : r * lda), lda,
+                                                   B + v * WIDTH, ldb, inner,
+                                                   C + r * ldc + v * WIDTH, ldc, add);
     }
     v += n;
   }
@@ -106,34 +128,59 @@ inline void write_token(const float* src, float scale, const Heads& heads, int64
   });
 }
 
-// One head of keys or values in chunks of KEYS positions: as rows [KEYS, padded dim], as columns
-// [dim, KEYS], or as both. Positions past the last are zeros.
+// A token's features as words, zeros up to `width` words.
+template <class Words>
+inline void read_words(const Heads& heads, int64_t at, int dim, float* dst, int64_t width) {
+  if constexpr (Words::PAIR == 1) return read_token(heads, at, dim, 1.0f, dst, width);
+  std::memcpy(dst, static_cast<const uint16_t*>(heads.data) + at, dim * 2);
+  std::memset(dst + dim / 2, 0, (width - dim / 2) * sizeof(float));
+}
+
+// Rows of words [count, wide] that are pairs of features -> [count / 2, wide] pairs of rows.
+inline void interleave(const float* from, int64_t count, int64_t wide, float* to) {
+  typedef uint32_t words __attribute__((vector_size(WIDTH * 4)));
+  for (int64_t i = 0; i < count; i += 2, to += wide) {
+    const auto* first = reinterpret_cast<const uint16_t*>(from + i * wide);
+    const auto* second = reinterpret_cast<const uint16_t*>(from + (i + 1) * wide);
+    for (int64_t j = 0; j < wide; j += WIDTH) {
+      const auto low = (words)BF16::read(first + j) >> 16, high = (words)BF16::read(second + j);
+      store(to + j, low | high);
+    }
+  }
+}
+
+// One head of keys or values in chunks of KEYS positions, as words: as rows [KEYS, padded dim]
+// (pairs are of two positions), as columns [dim, KEYS] (pairs are of two features), or as both.
+// Positions past the last are zeros.
 struct Packing {
   const Heads& heads;
   const Plan& plan;
   int64_t b, h, length;
   int dim;
   float *rows, *columns;  // of all chunks; null: not wanted
-  float* stage;           // [KEYS, padded dim], where no rows are wanted
+  float* stage;           // [KEYS, padded dim]; not needed for rows of singles
 
+  template <class Words>
   void pack(int64_t chunk) const {
+    constexpr int PAIR = Words::PAIR;
     const int64_t wide = padded(dim);
-    float* r = rows ? rows + chunk * KEYS * wide : stage;
+    float* r = rows && PAIR == 1 ? rows + chunk * KEYS * wide : stage;
     for (int64_t i = 0; i < KEYS; ++i) {
       const int64_t position = chunk * KEYS + i;
-      if (position < length)
-        read_token(heads, heads.at(b, h, plan.token(position)), dim, 1.0f, r + i * wide, wide);
+      if (position >= length)
+        std::memset(r + i * wide, 0, wide * sizeof(float));
       else
-        for (int64_t j = 0; j < wide; j += WIDTH) store(r + i * wide + j, vfloat{});
+        read_words<Words>(heads, heads.at(b, h, plan.token(position)), dim, r + i * wide, wide);
     }
+    if (rows && PAIR == 2) interleave(r, KEYS, wide, rows + chunk * KEYS / PAIR * wide);
     if (!columns) return;
-    float* c = columns + chunk * KEYS * dim;
+    float* c = columns + chunk * KEYS * dim / PAIR;
     for (int64_t i = 0; i < KEYS; i += WIDTH)
-      for (int64_t j = 0; j < dim; j += WIDTH) {
+      for (int64_t j = 0; j < dim / PAIR; j += WIDTH) {
         vfloat v[WIDTH];
         for (int n = 0; n < WIDTH; ++n) v[n] = load<vfloat>(r + (i + n) * wide + j);
         transpose(v);
-        for (int n = 0; n < WIDTH && j + n < dim; ++n) store(c + (j + n) * KEYS + i, v[n]);
+        for (int n = 0; n < WIDTH && j + n < dim / PAIR; ++n) store(c + (j + n) * KEYS + i, v[n]);
       }
   }
 };
@@ -141,6 +188,7 @@ struct Packing {
 inline int64_t chunks_of(int64_t length) { return (length + KEYS - 1) / KEYS; }
 
 // One key head, packed chunk by chunk where it is first looked at.
+template <class Words>
 struct PackedHead {
   Packing keys, values;
   uint8_t* packed;  // [chunks]
@@ -153,8 +201,8 @@ struct PackedHead {
   void need(int64_t chunk) const {
     if (packed[chunk]) return;
     packed[chunk] = 1;
-    keys.pack(chunk);
-    values.pack(chunk);
+    keys.template pack<Words>(chunk);
+    values.template pack<Words>(chunk);
   }
 };
 

@@ -33,6 +33,16 @@ inline Capability capability() {
   return chosen;
 }
 
+// Whether products of bfloat16 pairs (AVX512-BF16) are there, beside avx512.
+inline bool multiplies_bf16() {
+#if defined(__x86_64__)
+  static const bool there = __builtin_cpu_supports("avx512bf16");
+  return there && capability() == Capability::avx512;
+#else
+  return false;
+#endif
+}
+
 inline const char* capability_name() {
   constexpr const char* name[] = {"default", "avx2", "avx512"};
   return name[static_cast<int>(capability())];
