@@ -25,6 +25,11 @@ struct AttentionKernels {                            // null where the instructi
   void (*backward)(const AttentionBackwardArgs&, int64_t begin, int64_t end, float* scratch);
   // Sums of the parts; items: [batch, kv_heads, 2]; scratch: a padded row.
   void (*reduce)(const AttentionBackwardArgs&, int64_t begin, int64_t end, float* scratch);
+  // The arithmetic of the floor, in cache: for each pair of a query and a key `products` sums of
+  // `dim` products, and `exponentials`. A strip is so many pairs.
+  int64_t strip;
+  int64_t (*floor_scratch)(int dim);
+  void (*floor)(int dim, int products, int exponentials, int64_t strips, float* scratch);
 };
 
 }  // namespace pydiffuse

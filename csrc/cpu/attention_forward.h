@@ -167,5 +167,19 @@ void forward(const AttentionCall& c, int64_t begin, int64_t end, float* scratch)
   }
 }
 
+int64_t floor_scratch(int dim) { return (STRIP + KEYS) * padded(dim) + STRIP * KEYS; }
+
+template <class Words>
+void floor(int dim, int products, int exponentials, int64_t strips, float* scratch) {
+  float *a = scratch, *b = a + STRIP * padded(dim), *c = b + KEYS * padded(dim);
+  for (int64_t i = 0; i < strips; ++i) {
+    for (int n = 0; n < products; ++n)
+      product<Words>(a, dim / Words::PAIR, b, KEYS, dim / Words::PAIR, STRIP, KEY_VECTORS, c, KEYS,
+                     false);
+    for (int n = 0; n < exponentials; ++n)
+      for (int j = 0; j < STRIP * KEYS; j += WIDTH) store(c + j, vexp2(load<vfloat>(c + j)));
+  }
+}
+
 }  // namespace
 }  // namespace pydiffuse

@@ -9,8 +9,8 @@ namespace {
 
 template <class Words>
 constexpr AttentionKernels attention_table() {
-  return {forward_scratch, forward<Words>,  backward_scratch<Words>,
-          padded_dim,      backward<Words>, reduce};
+  return {forward_scratch, forward<Words>, backward_scratch<Words>, padded_dim,  backward<Words>,
+          reduce,          STRIP * KEYS,   floor_scratch,           floor<Words>};
 }
 
 }  // namespace

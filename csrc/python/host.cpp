@@ -8,6 +8,7 @@
 #include <memory>
 #include <optional>
 
+#include "../cpu/attention_call.h"
 #include "../cpu/guidance_call.h"
 #include "../cpu/scan_call.h"
 #include "threads.h"
@@ -134,6 +135,21 @@ void scan_floor(int states, int64_t channel_tokens) {
   });
 }
 
+// What tile_attention's floor is counted in: its products and exponentials, in cache.
+void attention_floor(int dim, int products, int exponentials, int64_t pairs, bool bf16) {
+  const auto& kernels = attention_kernels(bf16 ? DType::bf16 : DType::f32);
+  const int64_t strips = pairs / kernels.strip, pieces = threads().threads();
+  py::gil_scoped_release release;
+  threads()(pieces, 1, [&](int64_t begin, int64_t end) {
+    const int64_t n = kernels.floor_scratch(dim);
+    const Floats scratch(n);
+    std::fill(scratch.data(), scratch.data() + n, -0.01f);
+    for (int64_t i = begin; i < end; ++i)
+      kernels.floor(dim, products, exponentials, (i + 1) * strips / pieces - i * strips / pieces,
+                    scratch.data());
+  });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_host, m) {
@@ -143,6 +159,8 @@ PYBIND11_MODULE(_host, m) {
   m.def("gram", &gram_arrays);
   m.def("scan_floor", &scan_floor,
         "states exponentials and 2 states multiply-adds for each of channel_tokens, in cache.");
+  m.def("attention_floor", &attention_floor,
+        "For each of `pairs` of query and key `products` sums of dim products, and exponentials.");
   m.def("capability", &capability_name, "The instruction set in use: default, avx2 or avx512.");
   m.def("threads", [] { return threads().threads(); }, "How many threads share a call.");
   m.def("set_threads", [](int n) {
