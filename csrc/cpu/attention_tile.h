@@ -160,6 +160,15 @@ struct Packing {
   float *rows, *columns;  // of all chunks; null: not wanted
   float* stage;           // [KEYS, padded dim]; not needed for rows of singles
 
+  // Asks for the memory of a chunk, while the one before it is worked on.
+  void fetch(int64_t chunk) const {
+    const int64_t bytes = bytes_of(heads.dtype);
+    for (int64_t i = chunk * KEYS; i < (chunk + 1) * KEYS && i < length; ++i) {
+      const char* p = static_cast<const char*>(heads.data) + heads.at(b, h, plan.token(i)) * bytes;
+      for (int64_t byte = 0; byte < dim * bytes; byte += 64) __builtin_prefetch(p + byte, 0, 2);
+    }
+  }
+
   template <class Words>
   void pack(int64_t chunk) const {
     constexpr int PAIR = Words::PAIR;
@@ -203,6 +212,8 @@ struct PackedHead {
     packed[chunk] = 1;
     keys.template pack<Words>(chunk);
     values.template pack<Words>(chunk);
+    keys.fetch(chunk + 1);
+    values.fetch(chunk + 1);
   }
 };
 
