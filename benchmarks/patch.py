@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,6 +14,7 @@ from torch.utils._pytree import tree_map
 import pydiffuse
 from benchmarks.measure import Contender, copy_seconds, race, sets_for
 from benchmarks.row import Bar, Row
+from pydiffuse import samplers
 from pydiffuse.reference import patch as reference
 from tests.cases.patch import CASES, Maker, with_gradients
 
@@ -50,33 +52,27 @@ def plain_noise(x1: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def plain_dual_loop(
-    x: Tensor, preds: list[Tensor], score: Tensor, t: Tensor, dt: float, k: int
+    model: samplers.Model, x: Tensor, steps: int, certain: int, inner: int
 ) -> tuple[Tensor, Tensor]:
-    """One outer step: the k best patches by dt at once, the others in parts."""
-    sure = torch.zeros_like(score, dtype=torch.bool).scatter_(1, score.topk(k, 1).indices, True)
-    goal = t + dt
-    for j, v in enumerate(preds):
-        part = goal if j == len(preds) - 1 else t + dt * (j + 1) / len(preds)
-        if j == 0:
-            now, to = t, torch.where(sure, goal, part)
-            x = x + spread(to - now) * v
-        else:
-            now, to = to, torch.where(sure, to, part)
-            x = torch.where(spread(sure), x, x + spread(to - now) * v)
-    return x, to
-
-
-def dual_loop(
-    buffer: Tensor, x: Tensor, preds: list[Tensor], score: Tensor, t: Tensor, dt: float, k: int
-) -> tuple[Tensor, Tensor]:
-    """The same with the ops, the state in one buffer as pydiffuse.samplers.dual_loop has it."""
-    ids, _ = pydiffuse.select_patches(score, k)
-    sure = torch.zeros_like(score, dtype=torch.bool).scatter_(1, ids, True)
-    now = t
-    for j, v in enumerate(preds):
-        to = pydiffuse.next_t(t, "dual_loop", dt=dt, mask=sure, index=j, steps=len(preds))
-        _, now = pydiffuse.patch_step(buffer if j else x, v, now, to, PATCH, out=buffer)
-    return buffer, now
+    """What a user writes: the surest patches by dt at once, the others in parts."""
+    B, _, H, W = x.shape
+    t = x.new_zeros(B, H * W // PATCH**2)
+    dt = 1 / steps
+    for _ in range(steps):
+        v, score, _ = model(x, t)
+        sure = torch.zeros_like(score, dtype=torch.bool).scatter_(1, score.topk(certain, 1).indices, True)
+        goal = t + dt
+        for j in range(inner):
+            part = goal if j == inner - 1 else t + dt * (j + 1) / inner
+            if j == 0:
+                now, to = t, torch.where(sure, goal, part)
+                x = x + spread(to - now) * v
+            else:
+                v, *_ = model(x, to)
+                now, to = to, torch.where(sure, to, part)
+                x = torch.where(spread(sure), x, x + spread(to - now) * v)
+        t = to
+    return x, t
 
 
 def relative(expected: Tensor) -> Callable[[Any], float]:
@@ -174,10 +170,14 @@ def noise_row(device: str, seconds: float) -> Row:
     ours = Contender(
         "pydiffuse", in_a_row(lambda: pydiffuse.noise_patches(x1, t, PATCH, noise=noise)), check
     )
+    pair = (torch.empty_like(x1), torch.empty_like(x1))
+    into = Contender(
+        "out=", in_a_row(lambda: pydiffuse.noise_patches(x1, t, PATCH, noise=noise, out=pair)), check
+    )
     eager = Contender("eager", in_a_row(lambda: plain_noise(x1, noise, t)), check)
     inductor = Contender("torch.compile", in_a_row(lambda: fast(x1, noise, t)), check)
     copy = Contender("copy", in_a_row(lambda: out.copy_(x1)))
-    race([ours, eager, copy], 1, device=device, seconds=seconds)
+    race([ours, into, eager, copy], 1, device=device, seconds=seconds)
     race([inductor], 1, device=device, seconds=seconds)
     return Row(
         op="noise_patches",
@@ -189,7 +189,7 @@ def noise_row(device: str, seconds: float) -> Row:
         error=ours.error,
         bytes=IN_A_ROW * 4 * x1.numel() * 4,
         floor_ms=2 * copy.ms,
-        rivals=[eager, inductor],
+        rivals=[into, eager, inductor],
         bars=[
             Bar("relative error", ours.error or 0.0, 1e-5, at_most=True),
             Bar("x eager", eager.ms / ours.ms, 2),
@@ -200,17 +200,24 @@ def noise_row(device: str, seconds: float) -> Row:
 
 
 def dual_loop_row(device: str, seconds: float) -> Row:
+    """The sampler itself, with a model that has its predictions ready."""
     x, *preds = images(1 + INNER, device)
     score, _, _ = levels(device)
-    t, k = torch.zeros_like(score), score.shape[1] // 2
-    out, buffer = torch.empty_like(x), torch.empty_like(x)
-    given = (x, preds, score, t, 0.1, k)
-    doubled = (x.double(), [p.double() for p in preds], score, t.double(), 0.1, k)
-    check = relative(plain_dual_loop(*doubled)[0])
-    ours = Contender("pydiffuse", in_a_row(lambda: dual_loop(buffer, *given)), check)
-    eager = Contender("eager", in_a_row(lambda: plain_dual_loop(*given)), check)
+    k, out = score.shape[1] // 2, torch.empty_like(x)
+    ready = [samplers.Prediction(p, score) for p in preds]
+    parts = itertools.cycle(ready)
+    given: dict[str, Any] = {"steps": IN_A_ROW, "certain": k, "inner": INNER}
+
+    def model(x: Tensor, t: Tensor) -> samplers.Prediction:
+        return next(parts)
+
+    exact = itertools.cycle([samplers.Prediction(p.pred.double(), score) for p in ready])
+    check = relative(plain_dual_loop(lambda x, t: next(exact), x.double(), **given)[0])
+    ours = Contender("pydiffuse", lambda i: samplers.dual_loop(model, x, PATCH, **given), check)
+    eager = Contender("eager", lambda i: plain_dual_loop(model, x, **given), check)
     copy = Contender("copy", in_a_row(lambda: out.copy_(x)))
-    race([ours, eager, copy], 1, device=device, seconds=2 * seconds)
+    with torch.no_grad():
+        race([ours, eager, copy], 1, device=device, seconds=2 * seconds)
     return Row(
         op="dual_loop",
         what=f"outer steps of {INNER} parts without the model, {IN_A_ROW} in a row",
@@ -222,7 +229,12 @@ def dual_loop_row(device: str, seconds: float) -> Row:
         bytes=IN_A_ROW * 3 * INNER * x.numel() * 4,
         floor_ms=1.5 * INNER * copy.ms,
         rivals=[eager],
-        bars=[Bar("x eager", eager.ms / ours.ms, 5)] if device == "cpu" else [],
+        bars=[
+            Bar("relative error", ours.error or 0.0, 1e-5, at_most=True),
+            Bar("x eager", eager.ms / ours.ms, 5),
+        ]
+        if device == "cpu"
+        else [],
     )
 
 

@@ -75,11 +75,16 @@ struct PatchLossCall {
   double* errors;  // [batch, patches]: the sum of (pred - target)^2
 };
 
+// Each of what it writes may be null: ids and rest both, mask, levels.
 struct SelectCall {
   int64_t batch, patches, k;
   const float* score;   // [batch, patches]
   int64_t *ids, *rest;  // [batch, k], [batch, patches - k]
-  uint32_t* keys;       // [batch, patches], to work with
+  uint8_t* mask;        // [batch, patches]: 1 is chosen
+  float* levels;        // [parts, batch, patches]: where patches are after each part of t to t + dt
+  int64_t parts;
+  Table t, dt;
+  uint32_t* chosen;  // [batch, patches], to work with
 };
 
 }  // namespace pydiffuse

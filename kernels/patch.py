@@ -1,11 +1,11 @@
-"""Patches in Triton: combinations whose coefficients are constant per patch, losses, selection.
+"""Patches in Triton: combinations whose coefficients are constant per patch, losses; the selection stands
+in patch_select.
 
 mix_patches_kernel  a program owns a block of a sample's elements, in the order of memory; every element
                     finds its patch by division, loads its levels (neighbours share them: they come from
                     the cache) and computes its coefficients in registers.
 errors_kernel       a program owns some patches; a patch's elements are added in blocks of fixed places.
 loss_kernel         one program per sample adds its patches.
-select_kernel       one program per sample: the k-th highest score bit by bit, then one pass in order.
 
 Levels outside [0, 1] make their patch NaN: looking at them ahead of the launch would be a sync.
 """
@@ -22,9 +22,11 @@ from torch import Tensor
 
 from pydiffuse.autograd.patch import HISTORY, X
 from pydiffuse.grids import CONVERT, METHODS, NOISE, RESIDUAL
-from pydiffuse.kernels.common import WARPS, Case, Launch, cdiv, check_doubles, inner, narrow, run
+from pydiffuse.kernels.common import WARPS, Case, Launch, cdiv, check_doubles, narrow, run
 from pydiffuse.kernels.patch_rules import coefficients
+from pydiffuse.kernels.patch_select import select_patches, select_patches_launches
 
+__all__ = ["compile_cases", "mix_patches", "patch_loss", "select_patches"]
 BLOCK = 1024
 MULTISTEP, RESIDUAL_OF = tl.constexpr(METHODS.index("multistep")), tl.constexpr(RESIDUAL)
 
@@ -179,53 +181,6 @@ def loss_kernel(
     tl.store(loss + sample, tl.sum(total, 0))
 
 
-@inner
-def keys(score, p, count):
-    # Scores as integers in the same order: -0 is 0, NaN is below all numbers, no patch below NaN.
-    s = tl.load(score + p, mask=p < count, other=0.0)
-    u = tl.where(s == 0, 0.0, s).to(tl.uint32, bitcast=True).to(tl.int64)
-    key = tl.where(u >= 0x80000000, 0xFFFFFFFF - u, u + 0x80000000)
-    return tl.where(p < count, tl.where(s != s, 0, key), -1)
-
-
-@triton.jit
-def select_kernel(
-    ids,  # [B, k] int64
-    rest,  # [B, N - k] int64
-    score,  # [B, N] float32
-    k,
-    count,
-    BLOCK: tl.constexpr,
-):
-    sample = tl.program_id(0).to(tl.int64)
-    score += sample * count
-    ids += sample * k
-    rest += sample * (count - k)
-    least = tl.zeros([1], tl.int64)
-    for bit in range(32):
-        more = least + (tl.full([1], 1, tl.int64) << (31 - bit))
-        seen = tl.zeros([1], tl.int32)
-        for start in range(0, count, BLOCK):
-            key = keys(score, start + tl.arange(0, BLOCK), count)
-            seen += tl.sum((key >= more).to(tl.int32), 0)
-        least = tl.where(seen >= k, more, least)
-    ties = tl.full([1], 0, tl.int32) + k  # how many of those equal to the least are chosen
-    for start in range(0, count, BLOCK):
-        key = keys(score, start + tl.arange(0, BLOCK), count)
-        ties -= tl.sum((key > least).to(tl.int32), 0)
-    done = tl.zeros([1], tl.int32)
-    for start in range(0, count, BLOCK):
-        p = start + tl.arange(0, BLOCK)
-        key = keys(score, p, count)
-        equal = (key == least).to(tl.int32)
-        chosen = ((key > least) | ((equal == 1) & (tl.cumsum(equal, 0) <= ties))).to(tl.int32)
-        place = done + tl.cumsum(chosen, 0)
-        tl.store(ids + place - 1, p.to(tl.int64), mask=chosen == 1)
-        tl.store(rest + p - place, p.to(tl.int64), mask=(chosen == 0) & (p < count))
-        ties -= tl.sum(equal, 0)
-        done += tl.sum(chosen, 0)
-
-
 def _matrix(outs: int, terms: int, transposed: bool) -> dict[str, Any]:
     """Which coefficient stands where: rows are outputs, columns terms, as the bits of both say."""
     rows, columns = ([i for i in range(5) if mask >> i & 1] for mask in (outs, terms))
@@ -254,7 +209,8 @@ def mix_patches_launches(
     scales: Tensor | None,
     grid: Sequence[int],
     rule: Sequence[int],
-    numbers: Sequence[float],
+    scale: float,
+    eta: float,
     transposed: bool,
 ) -> list[Launch]:
     _images("mix_patches", (*out, *terms))
@@ -276,7 +232,7 @@ def mix_patches_launches(
     args = (
         tuple(out), tuple(terms), arrived, t, t_next, t_last,
         None if mask is None else mask.view(torch.uint8), scales, strides,
-        float(numbers[0]), float(numbers[1]), n, blocks, tuple(grid[:4]), tuple(grid[4:]),
+        float(scale), float(eta), n, blocks, tuple(grid[:4]), tuple(grid[4:]),
     )  # fmt: skip
     return [Launch(mix_patches_kernel, len(t) * blocks, args, constants, WARPS)]
 
@@ -306,11 +262,6 @@ def patch_loss_launches(
     ]
 
 
-def select_patches_launches(ids: Tensor, rest: Tensor, score: Tensor) -> list[Launch]:
-    args = (ids, rest, score, ids.shape[1], score.shape[1])
-    return [Launch(select_kernel, len(score), args, {"BLOCK": BLOCK}, WARPS)]
-
-
 # The ops: arguments as in the schemas of pydiffuse/_schemas.py.
 
 
@@ -320,10 +271,6 @@ def mix_patches(out: Sequence[Tensor], *args: Any) -> None:
 
 def patch_loss(loss: Tensor, *args: Any) -> None:
     run(patch_loss_launches(loss, *args), loss)
-
-
-def select_patches(ids: Tensor, rest: Tensor, score: Tensor) -> None:
-    run(select_patches_launches(ids, rest, score), score)
 
 
 def compile_cases() -> list[Case]:
@@ -345,9 +292,8 @@ def compile_cases() -> list[Case]:
         last = table() if rule[0] == METHODS.index("multistep") else None
         arrived = table() if steps and not transposed else None
         mask = table(torch.bool) if steps else None
-        numbers = (3.0, 1.0)
         return mix_patches_launches(
-            out, arrived, terms, table(), following, last, mask, None, grid, rule, numbers, transposed
+            out, arrived, terms, table(), following, last, mask, None, grid, rule, 3.0, 1.0, transposed
         )
 
     calls = {
@@ -365,7 +311,11 @@ def compile_cases() -> list[Case]:
             0.01, grid,
         ),
         "select_patches": select_patches_launches(
-            torch.empty(B, 100, dtype=torch.int64), torch.empty(B, N - 100, dtype=torch.int64), table()
+            torch.empty(B, 100, dtype=torch.int64), torch.empty(B, N - 100, dtype=torch.int64), None, None,
+            table(), 100, None, None, 0.0,
+        ),
+        "dual_loop_t": select_patches_launches(
+            None, None, table(torch.bool), torch.empty(3, B, N), table(), 100, table(), None, 0.1
         ),
     }  # fmt: skip
     return [

@@ -27,6 +27,7 @@ from pydiffuse.guidance import (
 )
 from pydiffuse.patch import (
     convert,
+    dual_loop_t,
     next_t,
     noise_patches,
     patch_loss,
@@ -54,6 +55,7 @@ __all__ = [
     "combine",
     "compose",
     "convert",
+    "dual_loop_t",
     "embed_t",
     "entropy_scale",
     "gate_residual_modulate",

@@ -76,6 +76,7 @@ PUBLIC = {
         Op("convert", "patch", _MIX_PATCHES, _NO_CUDA),
         Op("patch_loss", "patch", ("patch_loss", "mix_patches"), _NO_CUDA),
         Op("select_patches", "patch", ("select_patches",), _NO_CUDA),
+        Op("dual_loop_t", "patch", ("select_patches",), _NO_CUDA),
         Op("sample_t", "patch", (), _COMPOSED),
         Op("next_t", "patch", (), _COMPOSED),
     )

@@ -98,26 +98,31 @@ def check_outs(
             raise ValueError(f"{op}: {argument} is {describe(out)}; accepted: {describe(like)}")
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             continue
-        if any(_overlap(out, other) for other in outs[:i]):
-            raise ValueError(f"{op}: {argument} shares memory with another output; each needs its own")
+        for other in outs[:i]:
+            if _overlap(out, other):
+                raise ValueError(
+                    f"{op}: {argument} shares memory with another output; each needs its own"
+                )
         for t in inputs:
-            same = t.data_ptr() == out.data_ptr() and t.stride() == out.stride() and t.dtype == out.dtype
-            if not same and _overlap(t, out):
+            if t is out or not _overlap(t, out):
+                continue
+            if t.data_ptr() != out.data_ptr() or t.stride() != out.stride() or t.dtype != out.dtype:
                 raise ValueError(
                     f"{op}: {argument} overlaps an input without being that input; give it its own memory"
                 )
 
 
 def _extent(t: Tensor) -> tuple[int, int]:
+    start = t.data_ptr()
+    if t.is_contiguous():
+        return start, start + t.nbytes
     span = 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
-    return t.data_ptr(), t.data_ptr() + span * t.element_size()
+    return start, start + span * t.element_size()
 
 
 def _overlap(a: Tensor, b: Tensor) -> bool:
-    if not (a.numel() and b.numel()):
-        return False
     (a0, a1), (b0, b1) = _extent(a), _extent(b)
-    return a.device == b.device and a0 < b1 and b0 < a1
+    return a0 < b1 and b0 < a1 and a.numel() > 0 and b.numel() > 0 and a.device == b.device
 
 
 def check_no_grad(op: str, tensors: Sequence[Tensor]) -> None:

@@ -16,7 +16,7 @@ GPU, the draw is that device's own. Paths, predictions and formulas stand in pyd
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -25,16 +25,20 @@ from pydiffuse import _ops
 from pydiffuse.autograd.patch import HISTORY, NOISY, PRED, UNCOND, Call, LossCall, PatchLoss, Tables, X
 from pydiffuse.calls.patch import (
     Patches,
+    Picks,
     Scalar,
+    check_dt,
     check_level,
     check_mask,
     check_name,
     check_scales,
+    check_score,
     check_table,
     mixed,
     patches_of,
+    select,
 )
-from pydiffuse.checks import check_no_grad, check_outs, check_tensors, describe
+from pydiffuse.checks import check_flag, check_no_grad, check_outs, describe
 from pydiffuse.grids import CONVERT, KINDS, METHODS, NOISE, OWN_KIND, PATHS, PatchSize
 from pydiffuse.reference import patch as reference
 
@@ -93,13 +97,15 @@ def noise_patches(
     generator: torch.Generator | None = None,
     *,
     target: str | None = None,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Noise data to a level per patch, and what a model should predict there, in one pass.
 
     x1: data [B, C, *spatial]. t: a number, (B,) or (B, N). path: "linear", "vp" or "trig". noise: like
     x1, or drawn. target: "flow" (x1 - eps), "v" (alpha eps - sigma x1), "eps" or "x1"; by default
-    "flow" on the linear path and "v" on the others. Returns (x_t, target), each like x1; gradients for
-    x1 and noise, to any order.
+    "flow" on the linear path and "v" on the others. out: where x_t and the target go, for callers that
+    use the same memory again; either may be x1 or noise, and no gradient passes. Returns (x_t, target),
+    each like x1; gradients for x1 and noise, to any order.
     """
     op = "noise_patches"
     route = check_name(op, "path", path, PATHS)
@@ -107,13 +113,18 @@ def noise_patches(
     given = (x1,) if noise is None else (x1, noise)
     patches = patches_of(op, "x1, noise", given, patch_size)
     table = check_level(op, "t", t, patches, x1)
+    if out is not None and (not isinstance(out, tuple | list) or len(out) != 2):
+        raise TypeError(f"{op}: out is {describe(out)}; accepted: the pair (x_t, target)")
     if _ops.forced_reference():
-        return reference.noise_patches(x1, t, patch_size, path, noise, generator, target=target)
+        if out is not None:
+            check_outs(op, out, (x1, x1), given)
+            check_no_grad(op, given)
+        return reference.noise_patches(x1, t, patch_size, path, noise, generator, target=target, out=out)
     if noise is None:
         noise = reference.draw_like(x1, generator)
     rule = (NOISE, route, kind, kind)
     call = Call(op, patches.grid, rule, 3, 1 << X | 1 << NOISY, (x1.dtype, x1.dtype))
-    (x_t, goal), _ = mixed(call, Tables(table), (x1, noise))
+    (x_t, goal), _ = mixed(call, Tables(table), (x1, noise), () if out is None else tuple(out))
     return x_t, goal
 
 
@@ -235,7 +246,7 @@ def patch_step(
         number,
         float(eta),
     )
-    results, arrived = mixed(call, tables, tuple(terms.values()), out)
+    results, arrived = mixed(call, tables, tuple(terms.values()), () if out is None else (out,))
     assert arrived is not None
     if not keeps:
         return results[0], arrived
@@ -282,30 +293,61 @@ def patch_loss(
     return (sums.sum() / pred.numel()).float() if pred.numel() else (sums.sum() * float("nan")).float()
 
 
-def select_patches(score: Tensor, k: int) -> tuple[Tensor, Tensor]:
+@overload
+def select_patches(score: Tensor, k: int) -> tuple[Tensor, Tensor]: ...
+@overload
+def select_patches(score: Tensor, k: int, *, as_mask: Literal[False]) -> tuple[Tensor, Tensor]: ...
+@overload
+def select_patches(score: Tensor, k: int, *, as_mask: Literal[True]) -> Tensor: ...
+
+
+def select_patches(score: Tensor, k: int, *, as_mask: bool = False) -> Tensor | tuple[Tensor, Tensor]:
     """Which patches advance: the k highest scores, exact and in a shape that does not depend on them.
 
     Of equal scores the first counts as the highest, -0 equals 0, and NaN is below every number: a patch
     whose score is unknown is not certain.
 
     score: (B, N) float32, bfloat16 or float16; k: 0 to N. Returns ids (B, k) and the rest (B, N - k), int64,
-    ascending. No gradient.
+    ascending; with `as_mask` a bool (B, N), True for the k. No gradient.
     """
     op = "select_patches"
-    check_tensors(op, "score", (score,))
-    if score.dim() != 2:
-        raise ValueError(f"{op}: score has shape {tuple(score.shape)}; accepted: (B, N)")
-    B, N = score.shape
-    if isinstance(k, bool) or not isinstance(k, int) or not 0 <= k <= N:
-        raise ValueError(f"{op}: k is {k!r}; accepted: 0 to {N}, the number of patches")
+    B, N, _ = check_score(op, score, k)
+    check_flag(op, "as_mask", as_mask)
     if _ops.forced_reference():
-        return reference.select_patches(score, k)
+        found: Tensor | tuple[Tensor, Tensor] = reference.select_patches(score, k, as_mask=as_mask)
+        return found
+    if as_mask:
+        mask = torch.empty(B, N, dtype=torch.bool, device=score.device)
+        select(op, Picks(mask=mask), score, k)
+        return mask
     ids = torch.empty(B, k, dtype=torch.int64, device=score.device)
     rest = torch.empty(B, N - k, dtype=torch.int64, device=score.device)
-    if B and N:
-        plain = score.detach().float().contiguous()
-        _ops.ops_for(op, score).select_patches.default(ids, rest, plain)
+    select(op, Picks(ids, rest), score, k)
     return ids, rest
+
+
+def dual_loop_t(score: Tensor, k: int, t: Scalar, *, dt: Scalar, steps: int) -> Tensor:
+    """Where all patches are after each part of a step of the dual loop, by their scores, in one pass.
+
+    The k patches of the highest score (as select_patches has it) are at min(t + dt, 1) after the first
+    part, the others go there in `steps` equal parts: after the last all are there, to the bit. But for
+    roundings on the way, part j is what next_t(t, "dual_loop", index=j, ...) says of that mask.
+
+    score: (B, N) float32, bfloat16 or float16; k: 0 to N. t, at the beginning of the step, and dt >= 0: a
+    number, (B,) or (B, N). Returns float32 (steps, B, N), the t_next of patch_step for every part. No
+    gradient.
+    """
+    op = "dual_loop_t"
+    patches = check_score(op, score, k)
+    begin = check_level(op, "t", t, patches, score)
+    dt = check_dt(op, dt, patches)
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"{op}: steps is {steps!r}; accepted: an int, 1 or more")
+    if _ops.forced_reference():
+        return reference.dual_loop_t(score, k, t, dt=dt, steps=steps)
+    levels = torch.empty(steps, *score.shape, dtype=torch.float32, device=score.device)
+    select(op, Picks(levels=levels), score, k, begin, dt)
+    return levels
 
 
 def next_t(
@@ -329,7 +371,7 @@ def next_t(
     schedule    row index + 1 of a schedule, (K, N) or (K, B, N), whose row 0 is the start
 
     t: (B, N). dt: a number >= 0, (B,) or (B, N). mask: bool (B, N); None is all patches (in dual_loop: none
-    is certain).
+    is certain). dual_loop_t has all parts of a dual loop's step at once.
     """
     op = "next_t"
     check_name(op, "kind", kind, MOVES)
@@ -340,14 +382,7 @@ def next_t(
     if not 0 <= index < max(steps, 1) and kind == "dual_loop":
         raise ValueError(f"next_t: index is {index}; accepted: 0 to {steps - 1}, the parts of the step")
     if kind in ("uniform", "dual_loop"):
-        check = isinstance(dt, int | float) and not isinstance(dt, bool) and dt >= 0
-        if isinstance(dt, Tensor):
-            check = dt.shape in ((), t.shape[:1], t.shape)
-        if not check:
-            given = describe(dt) if isinstance(dt, Tensor) else repr(dt)
-            raise ValueError(
-                f"next_t: dt is {given}; accepted: a number >= 0, ({t.shape[0]},) or {tuple(t.shape)}"
-            )
+        check_dt(op, dt, patches)
     if kind == "look_ahead" and not factor >= 1:
         raise ValueError(f"next_t: factor is {factor}; accepted: 1 or more")
     if kind == "schedule":

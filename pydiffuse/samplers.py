@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pydiffuse.grids import PatchSize, count_patches, patch_sizes
-from pydiffuse.patch import next_t, patch_step, select_patches
+from pydiffuse.patch import dual_loop_t, next_t, patch_step, select_patches
 
 Progress = Callable[[int, Tensor, Tensor], None] | None
 
@@ -92,12 +92,6 @@ def _start(
     return t, rounded.diff().tolist()
 
 
-def _certain(score: Tensor, k: int) -> Tensor:
-    """The k patches of the highest score, as a mask (B, N)."""
-    ids, _ = select_patches(score, k)
-    return torch.zeros(score.shape, dtype=torch.bool, device=score.device).scatter_(1, ids, True)
-
-
 def dual_loop(
     model: Model,
     x: Tensor,
@@ -116,17 +110,17 @@ def dual_loop(
     the others in `inner` parts, of which all but the first see the sure ones already there. One call of the
     model per part: steps * inner in all.
     """
+    if isinstance(inner, bool) or not isinstance(inner, int) or inner < 1:
+        raise ValueError(f"dual_loop: inner is {inner!r}; accepted: an int, 1 or more")
     t, parts = _start("dual_loop", x, patch_size, steps, start)
     advance, x = _Stepper(patch_size, step), _state(x)
     for i, dt in enumerate(parts):
-        begin = t
         p = _predict("dual_loop", model, x, t, scored=True)
         assert p.score is not None
-        sure = _certain(p.score, certain)
-        for j in range(inner):
+        levels = dual_loop_t(p.score, certain, t, dt=dt, steps=inner)
+        for j, to in enumerate(levels):
             if j:
                 p = _predict("dual_loop", model, x, t)
-            to = next_t(begin, "dual_loop", dt=dt, mask=sure, index=j, steps=inner)
             x, t = advance(x, p, t, to)
         if progress is not None:
             progress(i, x, t)
@@ -157,7 +151,7 @@ def look_ahead(
     for i, dt in enumerate(parts):
         p = _predict("look_ahead", model, x, t, scored=True)
         assert p.score is not None
-        sure = _certain(p.score, certain)
+        sure = select_patches(p.score, certain, as_mask=True)
         jump = next_t(t, "look_ahead", mask=sure, factor=factor)
         ahead, levels = advance(x, p, t, jump, in_place=False)
         q = _predict("look_ahead", model, ahead, levels)

@@ -188,16 +188,51 @@ def test_patches_that_stay_keep_their_bits(backend, dtype, method, how):
 
 @by_backend
 def test_out_may_be_x(backend):
-    m = Maker((2, 3, 6, 8), 2, device=DEVICE)
+    """To the bit, though kernels go another way where an output is what another one reads."""
+    m = Maker((2, 3, 6, 40), 2, device=DEVICE)
     x, pred, u, t, to, mask = m.image(), m.image(), m.image(), m.level(), m.level(), m.mask()
     options = {"uncond": u, "scale": 2.0, "mask": mask, "method": "multistep"}
+    options["history"] = (m.image(), m.table(0.0, 0.05))
     with pd.use_backend(backend):
         expected = leaves(pd.patch_step(x, pred, t, to, 2, **options))
-        other = torch.empty(2, 3, 8, 6, device=DEVICE).mT
+        other = torch.empty(2, 3, 40, 6, device=DEVICE).mT
         found = pd.patch_step(x, pred, t, to, 2, out=other, **options)
         assert found[0] is other and torch.equal(other, expected[0])
         found = leaves(pd.patch_step(x, pred, t, to, 2, out=x, **options))
     assert found[0] is x and all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_noise_patches_writes_to_out(backend, dtype):
+    """In memory of any order, and in that of its inputs."""
+    m = Maker((2, 3, 6, 40), 2, dtype, DEVICE)
+    x1, noise, t = m.image(), m.image(), m.level()
+    with pd.use_backend(backend):
+        expected = pd.noise_patches(x1, t, 2, "vp", noise)
+        fresh = (torch.empty_like(x1), torch.empty(2, 3, 40, 6, dtype=dtype, device=DEVICE).mT)
+        pairs = (fresh, (x1.clone(), noise.clone()), (noise.clone(), x1.clone()))
+        for data, eps, out in (
+            (x1, noise, pairs[0]),
+            (pairs[1][0], pairs[1][1], pairs[1]),
+            (pairs[2][1], pairs[2][0], pairs[2]),
+        ):
+            found = pd.noise_patches(data, t, 2, "vp", eps, out=out)
+            for a, b, c in zip(found, out, expected, strict=True):
+                assert a is b and torch.equal(a, c)
+
+
+@pytest.mark.skipif(GPU, reason="this run is for a GPU; it is about the CPU's caches")
+def test_outputs_too_large_for_the_caches():
+    """From 4 MB on they are written past them, where rows are aligned and where not."""
+    for width in (640, 628):
+        x1, noise = torch.randn(2, 1, 4, 512, width)
+        t = torch.rand(1, 256 * width // 2)
+        found = pd.noise_patches(x1, t, 2, noise=noise)
+        with pd.use_backend("reference"):
+            expected = pd.noise_patches(x1, t, 2, noise=noise)
+        for a, b in zip(found, expected, strict=True):
+            assert relative_error(a, b) < 1e-6
 
 
 def test_merged_dimensions_are_the_same_patches():
@@ -332,12 +367,14 @@ def test_selection_is_exact(backend, dtype):
         for k in {n // 3} if slow else sorted({0, 1, n // 2, n - 1, n}):
             with pd.use_backend(backend):
                 ids, rest = pd.select_patches(score.to(DEVICE), k)
+                mask = pd.select_patches(score.to(DEVICE), k, as_mask=True)
             for b, row in enumerate(score.tolist()):
                 order = sorted(
                     range(n), key=lambda i: (row[i] != row[i], -row[i] if row[i] == row[i] else 0)
                 )
                 assert ids[b].tolist() == sorted(order[:k])
                 assert rest[b].tolist() == sorted(order[k:])
+                assert mask[b].nonzero().flatten().tolist() == sorted(order[:k])
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 7])
@@ -356,6 +393,55 @@ def test_dual_loop_meets_exactly(parts):
                 assert torch.equal(to[mask], t[mask])
             t = to
         assert torch.equal(t, (start + dt[:, None]).clamp(max=1))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("steps", [1, 3])
+def test_levels_of_the_dual_loop(backend, steps):
+    """The parts next_t has, from any t by any dt; all patches meet at min(t + dt, 1), to the bit."""
+    n = 1030 if backend == "cpu" else 40
+    g = torch.Generator().manual_seed(8)
+    score = torch.randn(3, n, generator=g).to(DEVICE)
+    score[1] = score[1].round()  # ties
+    begins = (
+        torch.rand(3, n, generator=g),
+        torch.rand(n, 3, generator=g).mT,
+        torch.rand(3, generator=g),
+        0.25,
+    )
+    steps_by = (0.3, torch.rand(3, generator=g), torch.rand(3, n, generator=g), torch.tensor(0.1))
+    for t, dt in zip(begins, steps_by, strict=True):
+        t, dt = (v.to(DEVICE) if isinstance(v, torch.Tensor) else v for v in (t, dt))
+        with pd.use_backend(backend):
+            levels = pd.dual_loop_t(score, n // 3, t, dt=dt, steps=steps)
+            sure = pd.select_patches(score, n // 3, as_mask=True)
+            alone = pd.dual_loop_t(
+                score[1:2],
+                n // 3,
+                t[1:2] if isinstance(t, torch.Tensor) else t,
+                dt=dt[1:2] if isinstance(dt, torch.Tensor) and dt.dim() else dt,
+                steps=steps,
+            )
+        begin = torch.as_tensor(t, device=DEVICE)
+        begin = (begin[:, None] if begin.dim() == 1 else begin).expand(3, n)
+        assert levels.shape == (steps, 3, n) and torch.equal(alone, levels[:, 1:2])
+        for j, found in enumerate(levels):
+            expected = pd.next_t(begin, "dual_loop", dt=dt, mask=sure, index=j, steps=steps)
+            torch.testing.assert_close(found, expected, atol=1e-7, rtol=1e-6)
+            assert torch.equal(found[sure], expected[sure])
+            assert (found >= (levels[j - 1] if j else begin)).all()
+        assert torch.equal(levels[-1], expected)
+
+
+@by_backend
+def test_levels_of_no_patches(backend):
+    with pd.use_backend(backend):
+        assert pd.dual_loop_t(torch.zeros(0, 4, device=DEVICE), 1, 0.5, dt=0.1, steps=2).shape == (
+            2,
+            0,
+            4,
+        )
+        assert pd.select_patches(torch.zeros(2, 0, device=DEVICE), 0, as_mask=True).shape == (2, 0)
 
 
 def test_loss_gives_its_head_no_way_to_the_prediction():
@@ -377,8 +463,11 @@ def test_low_levels_are_refused_or_nan(backend):
         if DEVICE == "cpu":
             with pytest.raises(ValueError, match=r"noise_patches: t .*\[0, 1\]"):
                 pd.noise_patches(x, t, 2, noise=x)
+            with pytest.raises(ValueError, match=r"dual_loop_t: t .*\[0, 1\]"):
+                pd.dual_loop_t(t, 1, t, dt=0.1, steps=2)
         else:
             assert pd.noise_patches(x, t, 2, noise=x)[0].isnan().all()
+            assert pd.dual_loop_t(t, 1, t, dt=0.1, steps=2).isnan().all()
 
 
 X, P = (torch.zeros(2, 3, 4, 6, device=DEVICE) for _ in range(2))
@@ -416,10 +505,24 @@ BAD = {  # what is wrong: (the call, the words its error must hold)
         lambda: pd.patch_step(X, P, T, T, 2, method="multistep", history=P), ["history", "the pair"]
     ),
     "eta": (lambda: pd.patch_step(X, P, T, T, 2, method="ancestral", eta=2), ["eta is 2", "0 to 1"]),
+    "out alone": (lambda: pd.noise_patches(X, T, 2, noise=P, out=P), ["noise_patches", "out", "(x_t, target)"]),
+    "out twice": (lambda: pd.noise_patches(X, T, 2, noise=P, out=(P, P)), ["out[1]", "another output"]),
+    "out shape": (
+        lambda: pd.noise_patches(X, T, 2, noise=P, out=(P, P[:, :2])), ["out[1]", "(2, 2, 4, 6)", "(2, 3, 4, 6)"]
+    ),
+    "out gradient": (
+        lambda: pd.noise_patches(X.clone().requires_grad_(), T, 2, noise=P, out=(P.clone(), P.clone())),
+        ["noise_patches", "no part in autograd"],
+    ),
     "out dtype": (lambda: pd.patch_step(X, P, T, T, 2, out=X.half()), ["patch_step", "out", "float16"]),
     "k": (lambda: pd.select_patches(T, 7), ["select_patches", "k is 7", "0 to 6"]),
     "k negative": (lambda: pd.select_patches(T, -1), ["k is -1"]),
     "score": (lambda: pd.select_patches(T[0], 1), ["score", "(6,)", "(B, N)"]),
+    "as_mask": (lambda: pd.select_patches(T, 1, as_mask=1), ["select_patches", "as_mask is 1", "True"]),
+    "k of parts": (lambda: pd.dual_loop_t(T, 7, 0.0, dt=0.1, steps=2), ["dual_loop_t", "k is 7", "0 to 6"]),
+    "steps": (lambda: pd.dual_loop_t(T, 1, 0.0, dt=0.1, steps=0), ["dual_loop_t", "steps is 0", "1 or more"]),
+    "dt of parts": (lambda: pd.dual_loop_t(T, 1, T, dt=T[0], steps=2), ["dual_loop_t", "dt", "(6,)", "(2, 6)"]),
+    "t of parts": (lambda: pd.dual_loop_t(T, 1, T[:, :5], dt=0.1, steps=2), ["dual_loop_t", "t has shape (2, 5)"]),
     "logvar": (lambda: pd.patch_loss(X, P, T[:1], None, 2), ["patch_loss", "logvar", "(1, 6)", "(2, 6)"]),
     "kind": (lambda: pd.sample_t(2, 3, "beta"), ["sample_t", "'beta'", "ltg"]),
     "shift": (lambda: pd.sample_t(2, 3, shift=0), ["shift is 0", "shift > 0"]),

@@ -78,9 +78,29 @@ def test_compile_with_inductor():
 def test_compiled_selection():
     torch._dynamo.reset()
     score = torch.rand(3, 20, device=DEVICE)
-    found = torch.compile(lambda s: pd.select_patches(s * 1, 5), fullgraph=True)(score)
-    for a, b in zip(found, pd.select_patches(score, 5), strict=True):
+
+    def selections(s):
+        levels = pd.dual_loop_t(s, 5, 0.5 * s, dt=0.2, steps=3)
+        return *pd.select_patches(s * 1, 5), pd.select_patches(s, 5, as_mask=True), levels
+
+    found = torch.compile(selections, fullgraph=True)(score)
+    for a, b in zip(found, selections(score), strict=True):
         assert torch.equal(a, b)
+
+
+def test_compiled_with_out():
+    """Memory that is given is written by the one graph."""
+    torch._dynamo.reset()
+    m = Maker(SHAPE, 2, device=DEVICE)
+    x1, noise, t = m.image(), m.image(), m.level()
+    pair = (torch.empty_like(x1), torch.empty_like(x1))
+    noisy = torch.compile(
+        lambda *given: pd.noise_patches(*given[:2], 2, noise=given[2], out=given[3:]), fullgraph=True
+    )
+    found = noisy(x1, t, noise, *pair)
+    for a, b, c in zip(found, pair, pd.noise_patches(x1, t, 2, noise=noise), strict=True):
+        torch.testing.assert_close(a, c)
+        torch.testing.assert_close(b, c)
 
 
 def test_export():
@@ -109,11 +129,12 @@ def test_opcheck():
     step = (*tables[:3], m.mask(), m.per_sample(1, 2), grid)
     mix, loss = ops.mix_patches.default, ops.patch_loss.default
     calls = [
-        (mix, (images[:2], tables[3], [m.image() for _ in range(4)], *step, rule, [1.0, 1.0], False)),
-        (mix, (images[:4], None, [m.image() for _ in range(2)], *step, [3, 0, 0, 0, 15, 3], [1.0, 1.0], True)),
-        (mix, ([m.image()], None, images[:2], *tables[:2], None, None, None, grid, [RESIDUAL, 0, 0, 0, 1, 17], [1.0, 1.0], False)),
+        (mix, (images[:2], tables[3], [m.image() for _ in range(4)], *step, rule, 1.0, 1.0, False)),
+        (mix, (images[:4], None, [m.image() for _ in range(2)], *step, [3, 0, 0, 0, 15, 3], 1.0, 1.0, True)),
+        (mix, ([m.image()], None, images[:2], *tables[:2], None, None, None, grid, [RESIDUAL, 0, 0, 0, 1, 17], 1.0, 1.0, False)),
         (loss, (sums, errors, *images[:2], *tables[:2], 0.01, grid)),
-        (ops.select_patches.default, (ids, rest, m.table())),
+        (ops.select_patches.default, (ids, rest, m.mask(), None, m.table(), 2, None, None, 0.0)),
+        (ops.select_patches.default, (None, None, None, m.table().expand(3, -1, -1).contiguous(), m.table(), 2, *tables[:2], 0.0)),
     ]  # fmt: skip
     assert {op.name().split("::")[1] for op, _ in calls} == {
         name for name, stem in _ops.STEMS.items() if stem == "patch"

@@ -201,6 +201,7 @@ BAD = {
         lambda: samplers.dual_loop(lambda x, t: x, start(), P, steps=2, certain=1), "returned no score"
     ),
     "certain": (lambda: samplers.dual_loop(Net(), start(), P, steps=2, certain=13), "0 to 12"),
+    "inner": (lambda: samplers.dual_loop(Net(), start(), P, steps=2, certain=1, inner=0), "inner is 0"),
     "multistep": (
         lambda: samplers.look_ahead(Net(), start(), P, steps=2, certain=1, method="multistep"), "multistep"
     ),

@@ -112,8 +112,9 @@ void begin(const MixPatchesArgs& a, int64_t item, Strip& s) {
   s.z = item / a.strips % g.across(0);
   s.sample = item / a.strips / g.across(0);
   // The patches of whole rows follow each other, and so do their columns.
-  const int64_t from = s.first / patch, last = (s.first + s.n - 1) / patch;
-  const Window w{from, (s.rows - 1) * across + last - from + 1, (s.z * g.across(1) + s.y) * across};
+  const int64_t start = s.first / patch, last = (s.first + s.n - 1) / patch;
+  const Window w{start, (s.rows - 1) * across + last - start + 1,
+                 (s.z * g.across(1) + s.y) * across};
 
   alignas(64) float scratch[3][TILE], value[MAX_COEFFICIENTS][TILE];
   int32_t stays[TILE];
@@ -123,18 +124,18 @@ void begin(const MixPatchesArgs& a, int64_t item, Strip& s) {
   s.any_stays = arrive(a, s, w, now, next, stays);
 
   const vdouble scale = vdouble{} + double(a.scales ? a.scales[s.sample] : a.scale);
-  const auto coefficient = [&](int j, int m) {
-    const int out = a.out_place[j], term = a.term_place[m];
-    return a.transposed ? s.matrix[term][out] : s.matrix[out][term];
-  };
+  const int places = a.outs * a.terms;
+  const vdouble* from[MAX_COEFFICIENTS];  // of each output and term
+  for (int i = 0; i < places; ++i) {
+    const int out = a.out_place[i / a.terms], term = a.term_place[i % a.terms];
+    from[i] = a.transposed ? &s.matrix[term][out] : &s.matrix[out][term];
+  }
   for (int64_t p = 0; p < w.n; p += HALF) {
     const auto at = [&](const float* t) {
       return __builtin_convertvector(load<vhalf>(t + p), vdouble);
     };
     coefficients(a.rule, Levels<vdouble>{at(now), at(next), at(before)}, scale, s.matrix);
-    for (int j = 0; j < a.outs; ++j)
-      for (int m = 0; m < a.terms; ++m)
-        store(value[j * a.terms + m] + p, __builtin_convertvector(coefficient(j, m), vhalf));
+    for (int i = 0; i < places; ++i) store(value[i] + p, __builtin_convertvector(*from[i], vhalf));
   }
 
   if (s.any_stays) lay_out(stays, w, patch, s, s.stays);
@@ -155,79 +156,148 @@ void begin(const MixPatchesArgs& a, int64_t item, Strip& s) {
   }
 }
 
-// f(offset of a row in its sample, of its coefficients in the strip) for every row of a strip, in
-// the order of memory.
+// f(offset of the first row of a row of patches in its sample, of its coefficients in the strip)
+// for every channel and plane of a strip, in the order of memory.
 template <class F>
-inline void for_rows(const Grid& g, int64_t z, int64_t y, int64_t rows, int64_t n, const F& f) {
+inline void for_bands(const Grid& g, int64_t z, int64_t y, int64_t rows, int64_t n, const F& f) {
   for (int64_t channel = 0; channel < g.channels; ++channel)
     for (int64_t plane = z * g.patch[0]; plane < (z + 1) * g.patch[0]; ++plane)
       for (int64_t r = 0; r < rows; ++r)
-        for (int64_t row = (y + r) * g.patch[1]; row < (y + r + 1) * g.patch[1]; ++row)
-          f(((channel * g.size[0] + plane) * g.size[1] + row) * g.size[2], r * n);
+        f(((channel * g.size[0] + plane) * g.size[1] + (y + r) * g.patch[1]) * g.size[2], r * n);
 }
 
-template <class E, int M, bool STAYS>
+// The same for every row.
+template <class F>
+inline void for_rows(const Grid& g, int64_t z, int64_t y, int64_t rows, int64_t n, const F& f) {
+  for_bands(g, z, y, rows, n, [&](int64_t row, int64_t to) {
+    for (int64_t i = 0; i < g.patch[1]; ++i) f(row + i * g.size[2], to);
+  });
+}
+
+// y + a b, rounded once where the CPU can. Spelled out: of two products in a sum a compiler may
+// fuse either, and every way through this file must come to the same bits.
+inline vfloat fused(vfloat a, vfloat b, vfloat y) {
+#if defined(__AVX512F__)
+  return (vfloat)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)y);
+#elif defined(__AVX2__)
+  return (vfloat)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)y);
+#else
+  return y + a * b;
+#endif
+}
+inline float fused(float a, float b, float y) {
+#if defined(__FMA__) || defined(__AVX512F__)
+  return __builtin_fmaf(a, b, y);
+#else
+  return y + a * b;
+#endif
+}
+
+// J outputs of the same M terms, computed together: each term is read once for all of them.
+template <class E, int M, int J, bool STAYS>
 struct Sweep {
   using Bits = typename E::Bits;
-  const Bits* term[M + 1] = {};
-  const Bits* kept;
-  bool moves;  // kept goes along the rows
-  const float* c;
+  const Bits *term[M + 1] = {}, *kept[J];
+  bool moves[J];  // kept goes along the rows
+  const float* c[J];
   const int32_t* stays;
+  Bits* out[J];
 
-  Sweep(const Bits* const* terms, const Blend& b, const Strip& s) : c(b.c), stays(s.stays) {
-    for (int m = 0; m < M; ++m) term[m] = terms[b.term[m]];
-    kept = b.kept >= 0 ? terms[b.kept] : reinterpret_cast<const Bits*>(s.zeros);
-    moves = b.kept >= 0;
+  Sweep(const Bits* const* terms, Bits* const* outs, const Blend* b, const Strip& s)
+      : stays(s.stays) {
+    for (int m = 0; m < M; ++m) term[m] = terms[b->term[m]];
+    for (int j = 0; j < J; ++j) {
+      moves[j] = b[j].kept >= 0;
+      kept[j] = moves[j] ? terms[b[j].kept] : reinterpret_cast<const Bits*>(s.zeros);
+      c[j] = b[j].c;
+      out[j] = outs[j];
+    }
   }
 
-  // One row of n columns, `row` elements on from where the terms begin; `to` on in the
-  // coefficients.
-  inline void operator()(int64_t row, int64_t to, int64_t n, Bits* dst, bool past_cache) const {
+  // R rows of n columns, `pitch` apart, of one row of patches: they share their coefficients, which
+  // are read once. The first lies `row` elements on from where terms and outputs begin.
+  template <int R>
+  inline void rows(int64_t row, int64_t to, int64_t n, int64_t pitch, bool past_cache) const {
     typedef int32_t lanes __attribute__((vector_size(WIDTH * 4)));
-    const Bits *t[M + 1], *old = moves ? kept + row : kept;
+    const Bits *t[M + 1], *old[J];
+    const float* by[J];
+    Bits* dst[J];
     for (int m = 0; m < M; ++m) t[m] = term[m] + row;
-    const auto value = [c = c + to, stays = stays + to, old, &t](int64_t i) {
-      vfloat y = vfloat{} - 0.0f;  // -0 + y = y, always
-      for (int m = 0; m < M; ++m) y += load<vfloat>(c + m * TILE + i) * E::read(t[m] + i);
-      if constexpr (STAYS) y = load<lanes>(stays + i) ? E::read(old + i) : y;
-      return y;
+    if (R > 1 && pitch % WIDTH) past_cache = false;
+    for (int j = 0; j < J; ++j) {
+      old[j] = moves[j] ? kept[j] + row : kept[j];
+      by[j] = c[j] + to;
+      dst[j] = out[j] + row;
+      past_cache = past_cache && reinterpret_cast<uintptr_t>(dst[j]) % (WIDTH * sizeof(Bits)) == 0;
+    }
+    const auto vectors = [&](int64_t i, bool past) {
+      vfloat k[J][M + 1];
+      for (int j = 0; j < J; ++j)
+        for (int m = 0; m < M; ++m) k[j][m] = load<vfloat>(by[j] + m * TILE + i);
+      for (int64_t at = i, r = 0; r < R; ++r, at += pitch) {
+        vfloat x[M + 1];
+        for (int m = 0; m < M; ++m) x[m] = E::read(t[m] + at);
+        for (int j = 0; j < J; ++j) {
+          vfloat y = vfloat{} - 0.0f;  // -0 + y = y, always
+          for (int m = 0; m < M; ++m) y = fused(k[j][m], x[m], y);
+          if constexpr (STAYS)
+            y = load<lanes>(stays + to + i) ? E::read(old[j] + (moves[j] ? at : 0)) : y;
+          E::write(dst[j] + at, y, past);
+        }
+      }
     };
-    past_cache = past_cache && reinterpret_cast<uintptr_t>(dst) % (WIDTH * sizeof *dst) == 0;
     int64_t i = 0;
     if (past_cache)
-      for (; i + WIDTH <= n; i += WIDTH) E::write(dst + i, value(i), true);
-    for (; i + WIDTH <= n; i += WIDTH) E::write(dst + i, value(i), false);
-    for (; i < n; ++i) {
-      float y = -0.0f;
-      for (int m = 0; m < M; ++m) y += c[m * TILE + to + i] * E::read_one(t[m] + i);
-      if (STAYS && stays[to + i]) y = E::read_one(old + i);
-      E::write_one(dst + i, y);
-    }
+      for (; i + WIDTH <= n; i += WIDTH) vectors(i, true);
+    for (; i + WIDTH <= n; i += WIDTH) vectors(i, false);
+    for (; i < n; ++i)
+      for (int64_t at = i, r = 0; r < R; ++r, at += pitch)
+        for (int j = 0; j < J; ++j) {
+          float y = -0.0f;
+          for (int m = 0; m < M; ++m) y = fused(by[j][m * TILE + i], E::read_one(t[m] + at), y);
+          if (STAYS && stays[to + i]) y = E::read_one(old[j] + (moves[j] ? at : 0));
+          E::write_one(dst[j] + at, y);
+        }
   }
 };
 
-// f(sweep) for an output of a strip, its terms given where the strip's first row begins.
-template <class E, int M, class F>
-void with_stays(const typename E::Bits* const* terms, const Blend& b, const Strip& s, const F& f) {
-  s.any_stays ? f(Sweep<E, M, true>(terms, b, s)) : f(Sweep<E, M, false>(terms, b, s));
+// f(sweep) for J outputs of a strip, its terms and outputs given where the strip's first row
+// begins.
+template <class E, int M, int J, class F>
+void with_stays(const typename E::Bits* const* terms, typename E::Bits* const* outs, const Blend* b,
+                const Strip& s, const F& f) {
+  s.any_stays ? f(Sweep<E, M, J, true>(terms, outs, b, s))
+              : f(Sweep<E, M, J, false>(terms, outs, b, s));
 }
 template <class E, class F>
-void with_sweep(const typename E::Bits* const* terms, const Blend& b, const Strip& s, const F& f) {
-  switch (b.terms) {
+void with_sweep(const typename E::Bits* const* terms, typename E::Bits* const* outs, const Blend* b,
+                const Strip& s, const F& f) {
+  switch (b->terms) {
     case 0:
-      return with_stays<E, 0>(terms, b, s, f);
+      return with_stays<E, 0, 1>(terms, outs, b, s, f);
     case 1:
-      return with_stays<E, 1>(terms, b, s, f);
+      return with_stays<E, 1, 1>(terms, outs, b, s, f);
     case 2:
-      return with_stays<E, 2>(terms, b, s, f);
+      return with_stays<E, 2, 1>(terms, outs, b, s, f);
     case 3:
-      return with_stays<E, 3>(terms, b, s, f);
+      return with_stays<E, 3, 1>(terms, outs, b, s, f);
     case 4:
-      return with_stays<E, 4>(terms, b, s, f);
+      return with_stays<E, 4, 1>(terms, outs, b, s, f);
     default:
-      return with_stays<E, TERMS>(terms, b, s, f);
+      return with_stays<E, TERMS, 1>(terms, outs, b, s, f);
   }
+}
+
+// Two outputs of the same one or two terms: a noising, and most gradients.
+bool paired(const Blend& a, const Blend& b) {
+  return (a.terms == 1 || a.terms == 2) && a.terms == b.terms &&
+         std::equal(a.term, a.term + a.terms, b.term);
+}
+template <class E, class F>
+void with_pair(const typename E::Bits* const* terms, typename E::Bits* const* outs, const Blend* b,
+               const Strip& s, const F& f) {
+  b->terms == 1 ? with_stays<E, 1, 2>(terms, outs, b, s, f)
+                : with_stays<E, 2, 2>(terms, outs, b, s, f);
 }
 
 // One dtype throughout, and no output that another output still needs to read: each is written
@@ -235,13 +305,25 @@ void with_sweep(const typename E::Bits* const* terms, const Blend& b, const Stri
 template <class E>
 void rows_in_place(const MixPatchesArgs& a, const Strip& s) {
   const typename E::Bits* terms[TERMS];
+  typename E::Bits* outs[TERMS];
   for (int m = 0; m < a.terms; ++m) terms[m] = at<E>(a.term[m], s.sample, s.first);
-  for (int j = 0; j < a.outs; ++j) {
-    auto* dst = at<E>(a.out[j], s.sample, s.first);
-    with_sweep<E>(terms, s.out[j], s, [&](const auto& sweep) {
-      for_rows(a.grid, s.z, s.y, s.rows, s.n,
-               [&](int64_t row, int64_t to) { sweep(row, to, s.n, dst + row, a.stream); });
+  for (int j = 0; j < a.outs; ++j) outs[j] = at<E>(a.out[j], s.sample, s.first);
+  const auto every_row = [&](const auto& sweep) {
+    const int64_t pitch = a.grid.size[2], high = a.grid.patch[1];
+    for_bands(a.grid, s.z, s.y, s.rows, s.n, [&](int64_t row, int64_t to) {
+      int64_t i = 0;
+      for (; i + 2 <= high; i += 2)
+        sweep.template rows<2>(row + i * pitch, to, s.n, pitch, a.stream);
+      if (i < high) sweep.template rows<1>(row + i * pitch, to, s.n, pitch, a.stream);
     });
+  };
+  for (int j = 0; j < a.outs; ++j) {
+    if (j + 1 < a.outs && paired(s.out[j], s.out[j + 1])) {
+      with_pair<E>(terms, outs + j, s.out + j, s, every_row);
+      ++j;
+    } else {
+      with_sweep<E>(terms, outs + j, s.out + j, s, every_row);
+    }
   }
 }
 
@@ -252,9 +334,11 @@ void rows_by_scratch(const MixPatchesArgs& a, const Strip& s) {
     const float* terms[TERMS];
     for (int m = 0; m < a.terms; ++m)
       terms[m] = widen(a.term[m], s.sample, row + s.first, s.n, scratch[m]);
-    for (int j = 0; j < a.outs; ++j)
-      with_sweep<F32>(terms, s.out[j], s,
-                      [&](const auto& sweep) { sweep(0, to, s.n, result[j], false); });
+    for (int j = 0; j < a.outs; ++j) {
+      float* const into[] = {result[j]};
+      with_sweep<F32>(terms, into, s.out + j, s,
+                      [&](const auto& sweep) { sweep.template rows<1>(0, to, s.n, 0, false); });
+    }
     for (int j = 0; j < a.outs; ++j) narrow(result[j], a.out[j], s.sample, row + s.first, s.n);
   });
 }
@@ -321,49 +405,6 @@ void loss(const PatchLossArgs& a, int64_t begin, int64_t end) {
   for (int64_t item = begin; item < end; ++item) loss_item(a, item);
 }
 
-// Scores as integers in the same order: -0 is 0, NaN is below all numbers.
-inline uint32_t key_of(float score) {
-  const uint32_t u = float_to_bits(score + 0.0f);
-  const uint32_t key = u >> 31 ? ~u : u | 0x80000000u;
-  return score != score ? 0 : key;
-}
-
-// The k-th highest key bit by bit, each from a count over all keys (lanes are neighbours); then one
-// pass in order, without branches on what is chosen.
-void select_sample(const SelectCall& a, int64_t sample) {
-  const float* score = a.score + sample * a.patches;
-  uint32_t* __restrict key = a.keys + sample * a.patches;
-  for (int64_t i = 0; i < a.patches; ++i) key[i] = key_of(score[i]);
-  const auto count = [&](uint32_t least) {
-    int64_t total = 0;
-    for (int64_t start = 0; start < a.patches; start += TILE) {
-      int32_t part = 0;
-      for (int64_t i = start; i < std::min(start + TILE, a.patches); ++i) part += key[i] >= least;
-      total += part;
-    }
-    return total;
-  };
-  uint32_t least = 0;
-  for (int bit = 31; bit >= 0; --bit) {
-    const uint32_t more = least | uint32_t(1) << bit;
-    if (count(more) >= a.k) least = more;
-  }
-  // Of those equal to the least, so many are chosen; there are none where k = 0.
-  int64_t ties = a.k - (least == ~uint32_t(0) ? 0 : count(least + 1));
-  int64_t *id = a.ids + sample * a.k, *other = a.rest + sample * (a.patches - a.k);
-  for (int64_t i = 0; i < a.patches; ++i) {
-    const bool equal = key[i] == least, chosen = (key[i] > least) | (equal & (ties > 0));
-    ties -= equal;
-    *(chosen ? id : other) = i;
-    id += chosen;
-    other += !chosen;
-  }
-}
-
-void select(const SelectCall& a, int64_t begin, int64_t end) {
-  for (int64_t sample = begin; sample < end; ++sample) select_sample(a, sample);
-}
-
 bool within(const Table& table, int64_t batch, int64_t patches) {
   int64_t inside = 0, seen = 0;
   const int64_t rows = table.stride[0] ? batch : std::min<int64_t>(batch, 1);
@@ -384,5 +425,4 @@ bool within(const Table& table, int64_t batch, int64_t patches) {
 }  // namespace
 }  // namespace pydiffuse
 
-PYDIFFUSE_TABLE(PatchKernels, patch) = {pydiffuse::mix, pydiffuse::loss, pydiffuse::select,
-                                        pydiffuse::within};
+PYDIFFUSE_TABLE(PatchKernels, patch) = {pydiffuse::mix, pydiffuse::loss, pydiffuse::within};

@@ -30,8 +30,11 @@ struct PatchLossArgs : PatchLossCall {
 struct PatchKernels {
   void (*mix)(const MixPatchesArgs&, int64_t begin, int64_t end);
   void (*loss)(const PatchLossArgs&, int64_t begin, int64_t end);
+  bool (*within)(const Table&, int64_t batch, int64_t patches);  // all in [0, 1]
+};
+
+struct PatchSelectKernels {
   void (*select)(const SelectCall&, int64_t begin, int64_t end);  // an item is a sample
-  bool (*within)(const Table&, int64_t batch, int64_t patches);   // all in [0, 1]
 };
 
 }  // namespace pydiffuse
@@ -39,4 +42,7 @@ struct PatchKernels {
 extern "C" {
 __attribute__((visibility("hidden"))) extern const pydiffuse::PatchKernels pydiffuse_patch_default,
     pydiffuse_patch_avx2, pydiffuse_patch_avx512;
+__attribute__((visibility(
+    "hidden"))) extern const pydiffuse::PatchSelectKernels pydiffuse_patch_select_default,
+    pydiffuse_patch_select_avx2, pydiffuse_patch_select_avx512;
 }

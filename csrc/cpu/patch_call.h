@@ -4,6 +4,7 @@
 #pragma once
 
 #include <algorithm>
+#include <memory>
 #include <vector>
 
 #include "capability.h"
@@ -66,9 +67,9 @@ void patch_loss(const PatchLossCall& call, Parallel&& parallel) {
 
 template <class Parallel>
 void select_patches(SelectCall call, Parallel&& parallel) {
-  std::vector<uint32_t> keys(call.batch * call.patches);
-  call.keys = keys.data();
-  const auto kernel = patch_kernels().select;
+  const auto chosen = std::make_unique_for_overwrite<uint32_t[]>(call.batch * call.patches);
+  call.chosen = chosen.get();
+  const auto kernel = PYDIFFUSE_BEST(patch_select).select;
   parallel(call.batch, patch_grain(8 * call.patches),
            [&](int64_t begin, int64_t end) { kernel(call, begin, end); });
 }

@@ -57,15 +57,14 @@ const char* name_of(Method method) {
 void mix_patches_cpu(const Tensors& out, const MaybeTensor& arrived, const Tensors& terms,
                      const Tensor& t, const MaybeTensor& next, const MaybeTensor& last,
                      const MaybeTensor& mask, const MaybeTensor& scales, const Ints& grid,
-                     const Ints& rule, const std::vector<double>& numbers, bool transposed) {
-  STD_TORCH_CHECK(rule.size() == 6 && numbers.size() == 2,
-                  "mix_patches: takes 6 codes and 2 numbers");
+                     const Ints& rule, double scale, double eta, bool transposed) {
+  STD_TORCH_CHECK(rule.size() == 6, "mix_patches: takes 6 codes");
   const auto in = [](int64_t code, auto count) { return 0 <= code && code < int64_t(count); };
   STD_TORCH_CHECK(in(rule[0], Method::count) && in(rule[1], Path::count) &&
                       in(rule[2], Kind::count) && in(rule[3], Kind::count),
                   "mix_patches: unknown code of a method, path or kind");
   MixPatchesCall call{};
-  call.rule = {Method(rule[0]), Path(rule[1]), Kind(rule[2]), Kind(rule[3]), numbers[1]};
+  call.rule = {Method(rule[0]), Path(rule[1]), Kind(rule[2]), Kind(rule[3]), eta};
   const char* op = name_of(call.rule.method);
   call.grid = grid_of(op, grid);
   const int64_t batch = call.batch = t.size(0), patches = call.grid.patches();
@@ -97,7 +96,7 @@ void mix_patches_cpu(const Tensors& out, const MaybeTensor& arrived, const Tenso
   }
   call.mask = plane<const uint8_t>(op, mask, ScalarType::Bool, batch, patches);
   call.arrived = plane<float>(op, arrived, ScalarType::Float, batch, patches);
-  call.scale = float(numbers[0]);
+  call.scale = float(scale);
   if (scales) {
     STD_TORCH_CHECK(scales->scalar_type() == ScalarType::Float && scales->is_contiguous() &&
                         scales->numel() == batch,
@@ -126,16 +125,34 @@ void patch_loss_cpu(const Tensor& loss, const Tensor& errors, const Tensor& pred
   patch_loss(call, TorchThreads{});
 }
 
-void select_patches_cpu(const Tensor& ids, const Tensor& rest, const Tensor& score) {
-  const char* op = "select_patches";
-  STD_TORCH_CHECK(score.dim() == 2 && score.scalar_type() == ScalarType::Float &&
-                      score.is_contiguous() && ids.dim() == 2,
-                  op, ": score must be contiguous float32 [B, N]");
-  SelectCall call{score.size(0), score.size(1), ids.size(1), nullptr, nullptr, nullptr, nullptr};
-  STD_TORCH_CHECK(call.k <= call.patches, op, ": k exceeds the number of patches");
+void select_patches_cpu(const MaybeTensor& ids, const MaybeTensor& rest, const MaybeTensor& mask,
+                        const MaybeTensor& levels, const Tensor& score, int64_t k,
+                        const MaybeTensor& t, const MaybeTensor& dts, double dt) {
+  const char* op = levels ? "dual_loop_t" : "select_patches";
+  STD_TORCH_CHECK(
+      score.dim() == 2 && score.scalar_type() == ScalarType::Float && score.is_contiguous(), op,
+      ": score must be contiguous float32 [B, N]");
+  SelectCall call{};
+  const int64_t batch = call.batch = score.size(0), patches = call.patches = score.size(1);
+  STD_TORCH_CHECK(0 <= k && k <= patches, op, ": k must be 0 to the number of patches");
+  call.k = k;
   call.score = static_cast<const float*>(score.data_ptr());
-  call.ids = plane<int64_t>(op, ids, ScalarType::Long, call.batch, call.k);
-  call.rest = plane<int64_t>(op, rest, ScalarType::Long, call.batch, call.patches - call.k);
+  STD_TORCH_CHECK(ids.has_value() == rest.has_value(), op, ": ids and the rest come together");
+  call.ids = plane<int64_t>(op, ids, ScalarType::Long, batch, k);
+  call.rest = plane<int64_t>(op, rest, ScalarType::Long, batch, patches - k);
+  call.mask = plane<uint8_t>(op, mask, ScalarType::Bool, batch, patches);
+  const float each = float(dt);
+  if (levels) {
+    STD_TORCH_CHECK(levels->dim() == 3 && levels->size(1) == batch && levels->size(2) == patches &&
+                        levels->scalar_type() == ScalarType::Float && levels->is_contiguous(),
+                    op, ": levels must be contiguous float32 [parts, ", batch, ", ", patches, "]");
+    STD_TORCH_CHECK(t, op, ": levels need t");
+    call.levels = static_cast<float*>(levels->data_ptr());
+    call.parts = levels->size(0);
+    call.t = table(op, *t, batch, patches);
+    check_levels(op, "t", call.t, batch, patches);
+    call.dt = dts ? table(op, *dts, batch, patches) : Table{&each, {}};
+  }
   select_patches(call, TorchThreads{});
 }
 

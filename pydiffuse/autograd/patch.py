@@ -10,6 +10,7 @@ patch_loss has d = p - u and the errors e = sum d^2 of every patch, weight w and
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -47,6 +48,23 @@ class Tables(NamedTuple):
     scales: Tensor | None = None
 
 
+def fresh(first: Tensor, dtype: torch.dtype) -> Tensor:
+    """What an output is written to: contiguous, like the first term but for its dtype."""
+    return torch.empty_like(first, dtype=dtype, memory_format=torch.contiguous_format)
+
+
+def with_levels(op: Callable[..., None], *args: Any) -> None:
+    """Calls an op whose CPU kernels look at the levels."""
+    if torch.compiler.is_compiling():
+        return op(*args)
+    try:
+        op(*args)
+    except RuntimeError as error:
+        if "outside [0, 1]" not in str(error):
+            raise
+        raise ValueError(str(error).split("\n")[0]) from None
+
+
 def run_mix_patches(
     call: Call, out: list[Tensor], arrived: Tensor | None, tables: Tables, terms: tuple[Tensor, ...]
 ) -> None:
@@ -60,19 +78,11 @@ def run_mix_patches(
     op, grid, rule, outs, present, _, scale, eta, transposed = call
     t, t_next, t_last, mask, scales = tables
     mix_patches = ops_for(op, like).mix_patches.default
-    rule_, numbers = (*rule, outs, present), (scale, eta)
-    if torch.compiler.is_compiling():
-        return mix_patches(
-            out, arrived, terms, t, t_next, t_last, mask, scales, grid, rule_, numbers, transposed
-        )
-    try:
-        mix_patches(
-            out, arrived, terms, t, t_next, t_last, mask, scales, grid, rule_, numbers, transposed
-        )
-    except RuntimeError as error:
-        if "outside [0, 1]" not in str(error):
-            raise
-        raise ValueError(str(error).split("\n")[0]) from None
+    with_levels(
+        mix_patches,
+        out, arrived, terms, t, t_next, t_last, mask, scales, grid, (*rule, outs, present), scale, eta,
+        transposed,
+    )  # fmt: skip
 
 
 class MixPatches(Batched):
@@ -81,7 +91,7 @@ class MixPatches(Batched):
     @staticmethod
     def forward(call: Call, *given: Any) -> tuple[Tensor, ...]:  # type: ignore[override]
         tables, terms = Tables(*given[:5]), given[5:]
-        out = [torch.empty(terms[0].shape, dtype=dtype, device=terms[0].device) for dtype in call.dtypes]
+        out = [fresh(terms[0], dtype) for dtype in call.dtypes]
         run_mix_patches(call, out, None, tables, terms)
         return tuple(out)
 
@@ -189,7 +199,7 @@ class PatchLossBackward(Batched):
         if needs[1] and weight is not None:
             dweight = (g * (errors + certainty)).to(weight.dtype)
         dtypes = tuple(t.dtype for t, n in zip((pred, target), needs[2:], strict=True) if n)
-        out = [torch.empty(pred.shape, dtype=d, device=pred.device) for d in dtypes]
+        out = [fresh(pred, d) for d in dtypes]
         if out:
             outs = needs[2] + 2 * needs[3]
             rule = (RESIDUAL, 0, 0, 0)

@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pydiffuse import _ops
+from pydiffuse._ops import forced, ops_for
 from pydiffuse.autograd.functions import needs_function
-from pydiffuse.autograd.patch import Call, MixPatches, Tables, run_mix_patches
+from pydiffuse.autograd.patch import Call, MixPatches, Tables, fresh, run_mix_patches, with_levels
 from pydiffuse.checks import check_no_grad, check_outs, check_tensors, describe
 from pydiffuse.grids import PatchSize, count_patches, grid_of, patch_sizes
 
@@ -85,7 +85,7 @@ def check_level(op: str, argument: str, value: Scalar, patches: Patches, like: T
 
 def check_range(op: str, argument: str, value: Tensor) -> None:
     """For the backends whose kernels do not look."""
-    if _ops.forced() in (None, "cpu") or value.device.type != "cpu":
+    if forced() in (None, "cpu") or value.device.type != "cpu":
         return
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return
@@ -104,6 +104,28 @@ def check_mask(op: str, mask: Tensor | None, patches: Patches, like: Tensor) -> 
     if mask.device != like.device:
         raise ValueError(f"{op}: mask is on {mask.device}; the images are on {like.device}")
     return mask.contiguous()
+
+
+def check_score(op: str, score: Tensor, k: int) -> Patches:
+    check_tensors(op, "score", (score,))
+    if score.dim() != 2:
+        raise ValueError(f"{op}: score has shape {tuple(score.shape)}; accepted: (B, N)")
+    B, N = score.shape
+    if isinstance(k, bool) or not isinstance(k, int) or not 0 <= k <= N:
+        raise ValueError(f"{op}: k is {k!r}; accepted: 0 to {N}, the number of patches")
+    return Patches(B, N, ())
+
+
+def check_dt(op: str, dt: Scalar | None, patches: Patches) -> Scalar:
+    """A number >= 0, (B,) or (B, N)."""
+    B, N = patches.batch, patches.total
+    if isinstance(dt, Tensor):
+        if dt.shape in ((), (B,), (B, N)):
+            return dt
+    elif isinstance(dt, int | float) and not isinstance(dt, bool) and dt >= 0:
+        return dt
+    given = describe(dt) if isinstance(dt, Tensor) else repr(dt)
+    raise ValueError(f"{op}: dt is {given}; accepted: a number >= 0, ({B},) or {(B, N)}")
 
 
 def check_scales(op: str, scale: Scalar, like: Tensor) -> tuple[float, Tensor | None]:
@@ -138,30 +160,51 @@ def mixed(
     call: Call,
     tables: Tables,
     terms: tuple[Tensor, ...],
-    out: Tensor | None = None,
+    given: tuple[Tensor, ...] = (),
 ) -> tuple[tuple[Tensor, ...], Tensor | None]:
-    """The outputs of a call and, after a step, where the patches are: through autograd if a gradient is
-    due, straight to the op if not."""
+    """The outputs of a call, the first of them written to those that are given, and, after a step, where
+    the patches are: through autograd if a gradient is due, straight to the op if not."""
     first, steps = terms[0], tables.t_next is not None
-    if out is None and needs_function(*terms):
+    if not given and needs_function(*terms):
         return MixPatches.apply(call, *tables, *terms), arrived_at(tables) if steps else None
-    made = call.dtypes if out is None else call.dtypes[1:]
-    outs = [torch.empty(first.shape, dtype=dtype, device=first.device) for dtype in made]
-    if out is not None:
-        check_outs(call.op, [out], [first], terms)
+    if given:
+        check_outs(call.op, given, (first,) * len(given), terms)
         check_no_grad(call.op, terms)
-        outs.insert(
-            0, out if out.is_contiguous() else torch.empty(out.shape, dtype=out.dtype, device=out.device)
-        )
+    outs = [o if o.is_contiguous() else fresh(o, o.dtype) for o in given]
+    outs += [fresh(first, dtype) for dtype in call.dtypes[len(given) :]]
     arrived = None
     if steps and first.numel():
-        arrived = torch.empty(tables.t.shape, dtype=torch.float32, device=first.device)
+        arrived = fresh(tables.t, torch.float32)
     elif steps:
         arrived = arrived_at(tables)
     run_mix_patches(call, outs, arrived, tables, terms)
-    if out is not None and outs[0] is not out:
-        outs[0] = out.copy_(outs[0])
+    for i, out in enumerate(given):
+        if outs[i] is not out:
+            outs[i] = out.copy_(outs[i])
     return tuple(outs), arrived
+
+
+class Picks(NamedTuple):
+    """What a selection writes; None is not wanted."""
+
+    ids: Tensor | None = None
+    rest: Tensor | None = None
+    mask: Tensor | None = None
+    levels: Tensor | None = None
+
+
+def select(
+    op: str, picks: Picks, score: Tensor, k: int, t: Tensor | None = None, dt: Scalar = 0.0
+) -> None:
+    """t: [B, N] float32, for the levels."""
+    if not score.numel():
+        return
+    dts = None
+    if isinstance(dt, Tensor):
+        dts, dt = dt.detach().to(score.device, torch.float32), 0.0
+        dts = (dts[:, None] if dts.dim() == 1 else dts).expand(score.shape)
+    scores = score.detach().float().contiguous()
+    with_levels(ops_for(op, score).select_patches.default, *picks, scores, k, t, dts, float(dt))
 
 
 def arrived_at(tables: Tables) -> Tensor:

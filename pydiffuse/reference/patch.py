@@ -130,7 +130,8 @@ def noise_patches(
     generator: torch.Generator | None = None,
     *,
     target: str | None = None,
-) -> tuple[Tensor, Tensor]:
+    out: Pair | None = None,
+) -> Pair:
     """x_t = alpha x1 + sigma eps and the target a x1 + b eps, each patch at its level."""
     if noise is None:
         noise = draw_like(x1, generator)
@@ -141,7 +142,8 @@ def noise_patches(
         y = _spread(c, x1, patch_size) * _up(x1) + _spread(d, x1, patch_size) * _up(noise)
         return y.to(x1.dtype)
 
-    return sum_of(alpha, sigma), sum_of(a, b)
+    x_t, goal = sum_of(alpha, sigma), sum_of(a, b)
+    return (x_t, goal) if out is None else (out[0].copy_(x_t), out[1].copy_(goal))
 
 
 def draw_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -279,8 +281,8 @@ def patch_loss(
     return each.mean()
 
 
-def select_patches(score: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The places of the k highest scores and of the others, each in ascending order.
+def select_patches(score: Tensor, k: int, *, as_mask: bool = False) -> Any:
+    """The places of the k highest scores and of the others, each in ascending order, or a mask of the k.
 
     Of equal scores the first counts as the highest; NaN is below every number.
     """
@@ -288,7 +290,18 @@ def select_patches(score: Tensor, k: int) -> tuple[Tensor, Tensor]:
     order = torch.sort(keys, dim=1, descending=True, stable=True).indices
     # A second stable sort puts NaN behind -inf.
     order = order.gather(1, torch.sort(score.gather(1, order).isnan().int(), dim=1, stable=True).indices)
+    if as_mask:
+        return torch.zeros_like(score, dtype=torch.bool).scatter_(1, order[:, :k], True)
     return order[:, :k].sort(1).values, order[:, k:].sort(1).values
+
+
+def dual_loop_t(score: Tensor, k: int, t: Scalar, *, dt: Scalar, steps: int) -> Tensor:
+    """next_t for every part of a dual loop's step, (steps, B, N).  Patch Forcing, arXiv 2604.19141."""
+    begin = _up(torch.as_tensor(t, device=score.device))
+    begin = (begin[:, None] if begin.dim() == 1 else begin).expand(score.shape)
+    sure = select_patches(score, k, as_mask=True)
+    parts = (next_t(begin, "dual_loop", dt=dt, mask=sure, index=j, steps=steps) for j in range(steps))
+    return torch.stack(list(parts))
 
 
 def next_t(

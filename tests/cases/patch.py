@@ -140,6 +140,14 @@ CASES = [
         0,
     ),
     Case("select_patches", "some", lambda m: ((m.table(), m.patches // 3), {}), 0, 0),
+    Case("select_patches", "as_mask", lambda m: ((m.table(), m.patches // 3), {"as_mask": True}), 0, 0),
+    Case(
+        "dual_loop_t",
+        "some",
+        lambda m: ((m.table(), m.patches // 3, m.level()), {"dt": 0.2, "steps": 3}),
+        0,
+        0,
+    ),
     Case("next_t", "uniform", lambda m: ((m.level(),), {"dt": 0.2}), 0, 0),
     Case(
         "next_t",
