@@ -1,4 +1,4 @@
-"""pydiffuse.nn and mamba_ssm's names: parameters, paths, both directions, against the references."""
+"""pydiffuse.nn and mamba_ssm's names: parameters, paths, plans, rotations, against plain torch."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 
 import pydiffuse
+from pydiffuse import plans
 from pydiffuse.integrations import mamba_ssm as names
-from pydiffuse.nn import ZigzagMamba
+from pydiffuse.nn import TileAttention, ZigzagMamba
 from pydiffuse.paths import zigzag, zigzag_layers
 from tests.helpers import DEVICE, relative_error
 
@@ -135,3 +136,169 @@ def test_names_of_mamba_ssm(monkeypatch):
     assert len(names.patch()) == 2
     assert module.selective_scan_fn is names.selective_scan_fn
     assert module.selective_state_update is None
+
+
+def attention_by_hand(layer, x, plan, angles=None):
+    """One head at a time, one batch of dense masks, rotations as complex numbers."""
+    H, Hk, D = layer.heads, layer.kv_heads, layer.head_dim
+    q, k, v = layer.qkv(x).split([H * D, Hk * D, Hk * D], -1)
+
+    def turned(t, norm):
+        if norm is not None:
+            t = t / (t.square().mean(-1, keepdim=True) + 1e-6).sqrt() * norm.weight
+        if angles is None:
+            return t
+        if layer.rotary_interleaved:
+            z = torch.complex(t[..., 0::2], t[..., 1::2]) * torch.polar(torch.ones_like(angles), angles)
+            return torch.stack([z.real, z.imag], -1).flatten(-2)
+        z = torch.complex(*t.chunk(2, -1)) * torch.polar(torch.ones_like(angles), angles)
+        return torch.cat([z.real, z.imag], -1)
+
+    norms = (layer.q_norm, layer.k_norm) if hasattr(layer.q_norm, "weight") else (None, None)
+    scale = layer.scale or D**-0.5
+    seen = plan.to_dense().to(x.device)
+    heads = []
+    for h in range(H):
+        g = h * Hk // H
+        qh = turned(q[..., h * D : (h + 1) * D], norms[0])
+        kh = turned(k[..., g * D : (g + 1) * D], norms[1])
+        scores = (qh @ kh.mT * scale).masked_fill(~seen[h % len(seen)], -torch.inf)
+        heads.append(scores.softmax(-1) @ v[..., g * D : (g + 1) * D])
+    return layer.proj(torch.cat(heads, -1))
+
+
+ATTENTIONS = [
+    {},
+    {"qk_norm": True, "bias": False, "out_bias": False, "scale": 0.3},
+    {"kv_heads": 2, "head_dim": 16, "qk_norm": True, "angles": "both"},
+    {"kv_heads": 1, "angles": "half", "rotary_interleaved": False},
+    {"angles": "batch"},
+]
+
+
+@pytest.mark.parametrize("options", ATTENTIONS, ids=lambda o: "-".join(o) or "plain")
+def test_tile_attention(options):
+    torch.manual_seed(0)
+    options = dict(options)
+    kind = options.pop("angles", None)
+    plan = plans.frames(3, 5, 1, text=2)
+    layer = TileAttention(32, 4, plan, **options).to(DEVICE)
+    for norm in (layer.q_norm, layer.k_norm):
+        for weight in norm.parameters():
+            torch.nn.init.uniform_(weight, 0.5, 1.5)
+    x = torch.randn(2, 17, 32, device=DEVICE, requires_grad=True)
+    D, rotary, angles = layer.head_dim, None, None
+    if kind is not None:
+        angles = torch.randn(*((2, 17) if kind == "batch" else (17,)), D // 2, device=DEVICE).double()
+        wide = angles
+        if kind != "half":
+            wide = angles.repeat_interleave(2, -1)
+        rotary = (wide.cos().float(), wide.sin().float())
+    exact = copy.deepcopy(layer).double()
+    broad = x.detach().double().requires_grad_()
+    expected = attention_by_hand(exact, broad, plan, angles)
+    w = torch.randn_like(expected)
+    slopes = torch.autograd.grad((w * expected).sum(), [broad, *exact.parameters()])
+    y = layer(x, rotary=rotary)
+    assert relative_error(y, expected) < 5e-6
+    found = torch.autograd.grad((w * y).sum(), [x, *layer.parameters()])
+    for (name, _), a, b in zip([("x", x), *layer.named_parameters()], found, slopes, strict=True):
+        # Without a rotation a key's bias shifts all scores of a query alike: its gradient is 0.
+        least = 1e-2 * slopes[0].norm().item()
+        assert relative_error(a, b, least) < 2e-5, name
+
+
+def test_tile_attention_of_a_model():
+    """Names and sizes, a plan per call, copies, pickles, other dtypes, timm's parameters."""
+    plan, other = plans.frames(3, 4, 1), plans.frames(2, 5, 1)
+    layer = TileAttention(24, 3, plan, kv_heads=1, head_dim=16, qk_norm=True).to(DEVICE)
+    assert {name: tuple(p.shape) for name, p in layer.state_dict().items()} == {
+        "qkv.weight": (80, 24),
+        "qkv.bias": (80,),
+        "q_norm.weight": (16,),
+        "k_norm.weight": (16,),
+        "proj.weight": (24, 48),
+        "proj.bias": (24,),
+    }
+    for text in ("24, heads=3, kv_heads=1, head_dim=16", "'frames', num_frames=3"):
+        assert text in repr(layer)
+    x = torch.randn(2, 12, 24, device=DEVICE)
+    y = layer(x)
+    assert torch.equal(copy.deepcopy(layer)(x), y)
+    assert layer(x[:, :10], plan=other).shape == (2, 10, 24)
+    assert not torch.equal(layer(x, plan=plans.frames(3, 4, 2)), y)
+    low = TileAttention(16, 2, plan, qk_norm=True, dtype=torch.bfloat16, device=DEVICE)
+    angles = torch.randn(12, 4, device=DEVICE)
+    out = low(x[..., :16].bfloat16(), rotary=(angles.cos(), angles.sin()))
+    assert out.dtype == torch.bfloat16 and low.q_norm.weight.dtype == torch.bfloat16
+    before = layer.qkv.weight.clone()
+    torch.nn.init.zeros_(layer.q_norm.weight)
+    layer.reset_parameters()
+    assert not torch.equal(layer.qkv.weight, before) and (layer.qkv.bias == 0).all()
+    assert (layer.q_norm.weight == 1).all()
+    q, k, v = layer.qkv.weight.detach().split([48, 16, 16])
+    for weight in (q, k, v):  # each by its own fan-out
+        bound = (6 / sum(weight.shape)) ** 0.5
+        assert 0.9 * bound < weight.abs().max() <= bound
+
+
+@pytest.mark.parametrize("made", [plans.frames(3, 4, 1), plans.sliding_tile((3, 4), (1, 2), (1, 2))])
+def test_tile_attention_compiled(made):
+    """One graph, with the layer's plan and with one that is given."""
+    layer = TileAttention(32, 4, made, qk_norm=True).to(DEVICE)
+    x = torch.randn(2, 12, 32, device=DEVICE, requires_grad=True)
+    angles = torch.randn(12, 4, device=DEVICE)
+    rotary = (angles.cos(), angles.sin())
+    y = layer(x, rotary=rotary)
+    slope = torch.autograd.grad(y.square().sum(), x)[0]
+    for compiled, more in (
+        (layer, {}),
+        (TileAttention.forward, {"plan": plans.frames(3, 4, 1).transpose()}),
+    ):
+        torch._dynamo.reset()
+        given = (x,) if compiled is layer else (layer, x)
+        call = torch.compile(compiled, fullgraph=True, backend="aot_eager")
+        out = call(*given, rotary=rotary, **more)
+        torch.testing.assert_close(out, layer(x, rotary=rotary, **more))
+        if not more:
+            torch.testing.assert_close(torch.autograd.grad(out.square().sum(), x)[0], slope)
+
+
+def test_tile_attention_with_what_does_not_fit():
+    plan = plans.frames(3, 4, 1)
+    for arguments, options, words in (
+        ((32, 3), {}, "heads is 3; accepted: a divisor of dim, which is 32"),
+        ((32, 4), {"kv_heads": 3}, "kv_heads is 3; accepted: a divisor of heads"),
+        ((32, 4), {"head_dim": 12}, "head_dim is 12; accepted: a multiple of 8"),
+        ((24, 8), {}, "head_dim is 3; accepted: a multiple of 8"),
+        ((0, 4), {}, "dim is 0"),
+        ((32, True), {}, "heads is True"),
+        ((32, 4), {"scale": float("nan")}, "scale is nan; accepted: a finite number"),
+    ):
+        with pytest.raises(ValueError, match="TileAttention: " + words):
+            TileAttention(*arguments, **options)
+    with pytest.raises(TypeError, match=r"plan is a torch.* tensor \(3,\).*; accepted: a TilePlan"):
+        TileAttention(32, 4, torch.ones(3))
+    with pytest.raises(TypeError, match="qk_norm is 'rms'; accepted: True or False"):
+        TileAttention(32, 4, qk_norm="rms")
+    layer, x = TileAttention(32, 4, plan), torch.randn(2, 12, 32)
+    with pytest.raises(ValueError, match=r"TileAttention: x .* \(B, S, 32\)"):
+        layer(x[..., :8])
+    with pytest.raises(ValueError, match="plan is None"):
+        TileAttention(32, 4)(x)
+    with pytest.raises(TypeError, match="plan is a str"):
+        layer(x, plan="frames")
+    with pytest.raises(ValueError, match="q has 11 tokens"):
+        layer(x[:, :11])
+    with pytest.raises(TypeError, match=r"rotary is .*accepted: a pair \(cos, sin\)"):
+        layer(x, rotary=x)
+    good = torch.randn(12, 8)
+    for bad in (
+        torch.randn(11, 8),
+        torch.randn(12, 6),
+        torch.randn(3, 12, 8),
+        torch.ones(12, 8).int(),
+        1.0,
+    ):
+        with pytest.raises(ValueError, match=r"rotary's sin is .*accepted: \(12, 8\)"):
+            layer(x, rotary=(good, bad))

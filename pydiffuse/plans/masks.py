@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from pydiffuse.checks import describe
-from pydiffuse.plans.plan import TilePlan, Tiles, digest, make_plan
+from pydiffuse.plans.arguments import count, counts
+from pydiffuse.plans.plan import TilePlan, given_plan
+from pydiffuse.plans.rows import FULL, Entries, Tiles, row_starts, tiles_of
+
+CHUNK = 2**22
+"""Elements of a mask_mod that are evaluated at once."""
 
 
 def from_mask(
     mask: Tensor | np.ndarray,
-    q_tiles: int | list[int] = 128,
-    k_tiles: int | list[int] | None = None,
+    q_tiles: int | Sequence[int] = 128,
+    k_tiles: int | Sequence[int] | None = None,
 ) -> TilePlan:
     """The tiles in which a mask keeps anything; where it keeps some elements only, with those elements.
 
@@ -36,24 +43,125 @@ def from_mask(
     some = np.add.reduceat(
         np.add.reduceat(array, q_bounds[:-1], 1, dtype=np.int64), k_bounds[:-1], 2, dtype=np.int64
     )
-    ends = (some > 0).sum(2).ravel().cumsum().reshape(some.shape[:2])
-    starts = np.concatenate([[0], ends[:-1, -1]])[:, None]
     head, tq, tk = np.nonzero(some)
+    masks = np.full(len(tk), FULL, np.int32)
+    partial = np.flatnonzero(some[head, tq, tk] < np.outer(q_lengths, k_lengths)[tq, tk])
+    masks[partial] = np.arange(len(partial))
     bits = tuple(
         array[p, q_bounds[i] : q_bounds[i + 1], k_bounds[j] : k_bounds[j + 1]]
-        for p, i, j in zip(head, tq, tk, strict=True)
+        for p, i, j in zip(head[partial], tq[partial], tk[partial], strict=True)
     )
-    rows = Tiles(np.concatenate([starts, ends], 1), tk.astype(np.int32), np.arange(len(tk)), bits)
-    parameters: list[tuple[str, Any]] = [("digest", digest(array, q_bounds, k_bounds))]
-    return make_plan("from_mask", parameters, q_lengths, k_lengths, rows)
+    rows = Tiles(row_starts((some > 0).sum(2)), tk.astype(np.int32), masks, bits)
+    return given_plan("from_mask", q_lengths, k_lengths, rows)
 
 
-def tile_lengths(op: str, argument: str, tiles: int | list[int], total: int) -> list[int]:
-    if isinstance(tiles, int) and not isinstance(tiles, bool) and tiles > 0:
-        return [min(tiles, total - at) for at in range(0, total, tiles)]
-    given = list(tiles) if isinstance(tiles, list | tuple) else None
-    if given is None or sum(given) != total or min(given) < 1:
-        raise ValueError(
-            f"{op}: {argument} is {tiles!r}; accepted: a length, or lengths >= 1 that add up to {total}"
+def tile_lengths(op: str, argument: str, tiles: int | Sequence[int], total: int) -> list[int]:
+    if isinstance(tiles, Sequence | np.ndarray):
+        given = list(counts(op, argument, tiles))
+        if sum(given) != total:
+            raise ValueError(
+                f"{op}: {argument} add up to {sum(given)}; accepted: lengths of {total} in all"
+            )
+        return given
+    step = count(op, argument, tiles)
+    return [min(step, total - at) for at in range(0, total, step)]
+
+
+class Blocks(NamedTuple):
+    """The kept blocks of a BlockMask, one by one."""
+
+    batch: np.ndarray
+    head: np.ndarray
+    tile_q: np.ndarray
+    tile_k: np.ndarray
+    partial: np.ndarray  # bool: where mask_mod has its say
+
+
+def from_block_mask(block_mask: Any) -> TilePlan:
+    """From a BlockMask of torch.nn.attention.flex_attention: its blocks are the tiles.
+
+    Its mask_mod is evaluated within partial blocks only. A mask per head gives a plan per head; samples of
+    a batch must have the same mask.
+    """
+    op = "from_block_mask"
+    fields = ("kv_num_blocks", "kv_indices", "mask_mod", "BLOCK_SIZE", "seq_lengths")
+    if not all(hasattr(block_mask, name) for name in fields):
+        raise TypeError(
+            f"{op}: block_mask is {describe(block_mask)}; accepted: a BlockMask of"
+            " torch.nn.attention.flex_attention"
         )
-    return given
+    batch, heads = block_mask.kv_indices.shape[:2]
+    blocks = _blocks(block_mask)
+    bits = _evaluated(block_mask, blocks)
+    samples = []
+    for b in range(batch):
+        mine = blocks.batch == b
+        masks = np.full(mine.sum(), FULL, np.int64)
+        masks[blocks.partial[mine]] = np.arange(blocks.partial[mine].sum())
+        own = tuple(m for m, at in zip(bits, blocks.batch[blocks.partial], strict=True) if at == b)
+        samples.append(Entries(blocks.head[mine], blocks.tile_q[mine], blocks.tile_k[mine], masks, own))
+    q_lengths, k_lengths = (
+        tile_lengths(op, "BLOCK_SIZE", int(size), int(total))
+        for size, total in zip(block_mask.BLOCK_SIZE, block_mask.seq_lengths, strict=True)
+    )
+    rows = [tiles_of(sample, heads, len(q_lengths)) for sample in samples]
+    plans = [given_plan(op, q_lengths, k_lengths, r) for r in rows]
+    if len(set(plans)) > 1:
+        raise ValueError(
+            f"{op}: block_mask is for {batch} samples with different masks; accepted: one mask for all; call"
+            " tile_attention with a plan for each sample, or put them in one sequence with plans.groups"
+        )
+    return plans[0]
+
+
+def _blocks(block_mask: Any) -> Blocks:
+    kinds = [(block_mask.kv_num_blocks, block_mask.kv_indices, True)]
+    if block_mask.full_kv_num_blocks is not None:
+        kinds.append((block_mask.full_kv_num_blocks, block_mask.full_kv_indices, False))
+    columns = []
+    for number, indices, partial in kinds:
+        number, indices = number.cpu().numpy(), indices.cpu().numpy()
+        *place, slot = np.nonzero(np.arange(indices.shape[-1]) < number[..., None])
+        columns.append((*place, indices[(*place, slot)], np.full(len(slot), partial)))
+    batch, head, tile_q, tile_k, some = (np.concatenate(part) for part in zip(*columns, strict=True))
+    return Blocks(batch, head, tile_q, tile_k, some)
+
+
+def _evaluated(block_mask: Any, blocks: Blocks) -> list[np.ndarray]:
+    """The bits of every partial block, cut at the ends of the sequences."""
+    from torch.nn.attention.flex_attention import create_mask
+
+    (q_size, k_size), (q_length, k_length) = block_mask.BLOCK_SIZE, block_mask.seq_lengths
+    device, mod = block_mask.kv_indices.device, block_mask.mask_mod
+    tile_q, tile_k = (part[blocks.partial] for part in (blocks.tile_q, blocks.tile_k))
+    columns = blocks.batch[blocks.partial], blocks.head[blocks.partial], tile_q, tile_k
+    places = torch.from_numpy(np.stack(columns, 1).astype(np.int64)).to(device)
+    bits: list[np.ndarray] = []
+    for some in places.split(max(1, CHUNK // (q_size * k_size))):
+        inside = _within(mod, some, block_mask.BLOCK_SIZE, block_mask.seq_lengths)
+        mask = create_mask(inside, len(some), 1, q_size, k_size, device=device)
+        bits += list(mask[:, 0].cpu().numpy())
+    ends = (
+        (min(q_size, q_length - int(i) * q_size), min(k_size, k_length - int(j) * k_size))
+        for i, j in zip(tile_q, tile_k, strict=True)
+    )
+    return [np.ascontiguousarray(b[:q, :k]) for b, (q, k) in zip(bits, ends, strict=True)]
+
+
+def _within(
+    mod: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
+    places: Tensor,  # int64 [n, 4]: batch, head, block of queries, block of keys
+    sizes: Sequence[int],
+    lengths: Sequence[int],
+) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """A mask_mod over many blocks as if they were samples. What a block has beyond the end of a sequence
+    is asked for at the end: a mask_mod may look into a table as long as the sequence."""
+    batch, head, tile_q, tile_k = places.unbind(1)
+    first_q, first_k = tile_q * sizes[0], tile_k * sizes[1]
+
+    def inside(n: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        q = (first_q[n] + i).clamp(max=lengths[0] - 1)
+        k = (first_k[n] + j).clamp(max=lengths[1] - 1)
+        return mod(batch[n], head[n], q, k)
+
+    return inside

@@ -1,12 +1,28 @@
-"""Plans in closed form: none looks at all pairs of tokens."""
+"""Plans over a sequence, in closed form: none looks at all pairs of tokens."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import numpy as np
 
-from pydiffuse.plans.plan import FULL, TilePlan, Tiles, make_plan
+from pydiffuse.checks import check_flag
+from pydiffuse.plans.arguments import check_tokens, count, counts
+from pydiffuse.plans.plan import TilePlan, make_plan
+from pydiffuse.plans.rows import FULL, Tiles, full_tiles, ranges, row_starts
+
+
+def dense(length: int, k_length: int | None = None) -> TilePlan:
+    """Every query sees every key: one tile."""
+    length = count("dense", "length", length)
+    return _dense(length, length if k_length is None else count("dense", "k_length", k_length))
+
+
+@functools.lru_cache(maxsize=256)
+def _dense(length: int, k_length: int) -> TilePlan:
+    parameters = [("length", length), ("k_length", k_length)]
+    return make_plan("dense", parameters, [length], [k_length], full_tiles(np.ones((1, 1, 1), bool)))
 
 
 def frames(num_frames: int, tokens_per_frame: int, references: int, text: int = 0) -> TilePlan:
@@ -16,14 +32,11 @@ def frames(num_frames: int, tokens_per_frame: int, references: int, text: int = 
     `references` of the frames, spread evenly, are R = {floor(i num_frames / references)}. `text` tokens
     after the frames see and are seen by all.
     """
-    for name, value, least in (
-        ("num_frames", num_frames, 1), ("tokens_per_frame", tokens_per_frame, 1),
-        ("references", references, 0), ("text", text, 0),
-    ):  # fmt: skip
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"frames: {name} is {value!r}; accepted: an int, {least} or more")
-    if references > num_frames:
-        raise ValueError(f"frames: references is {references}; accepted: 0 to {num_frames}, the frames")
+    num_frames = count("frames", "num_frames", num_frames)
+    tokens_per_frame = count("frames", "tokens_per_frame", tokens_per_frame)
+    references = count("frames", "references", references, 0, num_frames)
+    text = count("frames", "text", text, 0)
+    check_tokens("frames", num_frames * tokens_per_frame + text)
     return _frames(num_frames, tokens_per_frame, references, text)
 
 
@@ -42,10 +55,113 @@ def _frames(num_frames: int, tokens_per_frame: int, references: int, text: int) 
     return make_plan("frames", parameters, lengths, lengths, full_tiles(keep[None]))
 
 
-def full_tiles(keep: np.ndarray) -> Tiles:
-    """keep: bool [P, query tiles, key tiles], every kept tile whole."""
-    counts = keep.sum(2)
-    ends = counts.ravel().cumsum().reshape(counts.shape)
-    starts = np.concatenate([ends[:, :1] - counts[:, :1], ends], 1)
-    tiles = np.nonzero(keep)[2].astype(np.int32)
-    return Tiles(starts, tiles, np.full(len(tiles), FULL, np.int32))
+def groups(lengths: Sequence[int], k_lengths: Sequence[int] | None = None) -> TilePlan:
+    """Several sequences in one: queries of group i see the keys of group i and no others.
+
+    lengths: tokens of every group, images or sentences one after the other. k_lengths: keys of every group,
+    where they are not the queries (text for each image); lengths by default. A group may be empty.
+    """
+    given = counts("groups", "lengths", lengths, 0)
+    k_given = given
+    if k_lengths is not None:
+        k_given = counts("groups", "k_lengths", k_lengths, 0, (len(given),))
+    return _groups(given, k_given)
+
+
+@functools.lru_cache(maxsize=256)
+def _groups(lengths: tuple[int, ...], k_lengths: tuple[int, ...]) -> TilePlan:
+    q, k = np.array(lengths), np.array(k_lengths)
+    both = (q > 0) & (k > 0)
+    tiles = (np.cumsum(k > 0) - 1)[both].astype(np.int32)
+    rows = Tiles(
+        row_starts(both[q > 0][None].astype(np.int64)), tiles, np.full(len(tiles), FULL, np.int32)
+    )
+    parameters = [("lengths", lengths), ("k_lengths", k_lengths)]
+    return make_plan("groups", parameters, q[q > 0], k[k > 0], rows)
+
+
+def block_causal(
+    num_blocks: int,
+    block: int | Sequence[int],
+    *,
+    window: int | None = None,
+    sinks: int = 0,
+    clean: bool = False,
+) -> TilePlan:
+    """Block i sees itself and the blocks before it (Efficient-DLM, Diffusion Forcing).
+
+    block: tokens of a block, or of each one. window: how many of the blocks before it a block sees, all by
+    default. sinks: so many first blocks are seen by all that come after them, too.
+
+    clean: the sequence is twice as long, the noisy blocks and then the clean ones, as block diffusion is
+    trained (arXiv 2503.09573): a noisy block sees itself and the clean ones before it, a clean
+    one itself and the clean ones before it.
+    """
+    num_blocks = count("block_causal", "num_blocks", num_blocks)
+    if isinstance(block, Sequence | np.ndarray):
+        lengths = counts("block_causal", "block", block, 1, (num_blocks,))
+    else:
+        lengths = (count("block_causal", "block", block),) * num_blocks
+    window = None if window is None else count("block_causal", "window", window, 0)
+    check_flag("block_causal", "clean", clean)
+    check_tokens("block_causal", sum(lengths) * (1 + clean))
+    return _block_causal(lengths, window, count("block_causal", "sinks", sinks, 0), clean)
+
+
+@functools.lru_cache(maxsize=256)
+def _block_causal(lengths: tuple[int, ...], window: int | None, sinks: int, clean: bool) -> TilePlan:
+    n = len(lengths)
+    i, j = np.ogrid[:n, :n]
+    before = j < i
+    if window is not None:
+        before &= (i - j <= window) | (j < sinks)
+    own = np.eye(n, dtype=bool)
+    if clean:
+        keep = np.block([[own, before], [np.zeros_like(own), own | before]])
+    else:
+        keep = own | before
+    tiles = lengths * (1 + clean)
+    block = lengths[0] if len(set(lengths)) == 1 else lengths
+    parameters = [
+        ("num_blocks", n), ("block", block), ("window", window), ("sinks", sinks), ("clean", clean),
+    ]  # fmt: skip
+    return make_plan("block_causal", parameters, tiles, tiles, full_tiles(keep[None]))
+
+
+def local(length: int, window: int, *, causal: bool = False, tile: int = 128) -> TilePlan:
+    """Token i sees token j where |i - j| <= window; with `causal`, only where j <= i, too.
+
+    Exact for every element. tile: tokens of a tile; smaller ones compute less of what the edges of the
+    window leave out (`TilePlan.computed`), larger ones in longer runs.
+    """
+    length = count("local", "length", length)
+    check_tokens("local", length)
+    check_flag("local", "causal", causal)
+    # More than the sequence is the sequence, and so is a tile: equal plans, numbers that fit.
+    window = min(count("local", "window", window, 0), length - 1)
+    return _local(length, window, causal, min(count("local", "tile", tile), length))
+
+
+@functools.lru_cache(maxsize=256)
+def _local(length: int, window: int, causal: bool, tile: int) -> TilePlan:
+    begin = np.arange(0, length, tile, dtype=np.int64)
+    lengths = np.minimum(tile, length - begin)
+    last = begin + lengths - 1
+    ahead = 0 if causal else window
+    first_tile = np.maximum(begin - window, 0) // tile
+    number = np.minimum(last + ahead, length - 1) // tile - first_tile + 1
+    tiles, row = ranges(first_tile, number)
+    # i - j over a tile goes from i's first less j's last to i's last less j's first.
+    whole = (begin[row] - last[tiles] >= -ahead) & (last[row] - begin[tiles] <= window)
+    masks = np.full(len(tiles), FULL, np.int32)
+    q, k = row[~whole], tiles[~whole]
+    shapes = np.stack([begin[q] - begin[k], lengths[q], lengths[k]], 1)
+    distinct, which = np.unique(shapes, axis=0, return_inverse=True)
+    masks[~whole] = which.ravel()
+    bits = []
+    for offset, queries, keys in distinct:
+        back = offset + np.arange(queries)[:, None] - np.arange(keys)
+        bits.append((back <= window) & (back >= -ahead))
+    rows = Tiles(row_starts(number[None]), tiles.astype(np.int32), masks, tuple(bits))
+    parameters = [("length", length), ("window", window), ("causal", causal), ("tile", tile)]
+    return make_plan("local", parameters, lengths, lengths, rows)

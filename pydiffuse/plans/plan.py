@@ -5,59 +5,33 @@ A row of tiles keeps some tiles of keys: whole (full), or the elements that a ma
 share one row of tiles or have their own. Where a plan has an `order`, tiles are of positions and position
 p holds token order[p]; the kernels address tokens through it, nothing is gathered.
 
-What kernels walk is derived here once: full neighbours are one span of keys, long tiles are blocks of at
-most BLOCK rows, heavy ones first; and the same from the keys' side, for the backward.
+What kernels walk is derived once (pydiffuse.plans.tensors): full neighbours are one span of keys, long
+tiles are blocks of at most BLOCK rows, heavy ones first; and the same from the keys' side, for the
+backward.
 """
 
 from __future__ import annotations
 
-import hashlib
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from os import PathLike
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-BLOCK = 128
-"""Rows of a block of work at most: queries in the forward, queries or keys in the backward."""
-FULL = -1
-"""In the place of a mask: every element is kept."""
+from pydiffuse.plans.arguments import check_tokens
+from pydiffuse.plans.rows import FULL, Tiles, digest_of, entries_of, simplified, transposed
+from pydiffuse.plans.tensors import BLOCK, PlanTensors, Spans, plan_tensors
 
+__all__ = [
+    "BLOCK", "FULL", "TRANSPOSED", "PlanTensors", "Spans", "TilePlan", "Tiles", "given_plan", "make_plan",
+]  # fmt: skip
 
-class Spans(NamedTuple):
-    """One side's tiles and what they see of the other side."""
-
-    bounds: Tensor  # int32 [T + 1]: tile t is rows bounds[t] .. bounds[t + 1]
-    starts: Tensor  # int32 [P, T + 1]: tile t of head p sees spans starts[p, t] .. starts[p, t + 1]
-    spans: Tensor  # int32 [n, 3]: begin and end along the other side, ascending; a mask, or FULL
-    blocks: Tensor  # int32 [P, blocks, 3]: tile, first row, end; what sees most comes first
-
-
-class PlanTensors(NamedTuple):
-    """A plan as the ops take it. P is 1, or a plan for each head."""
-
-    bounds: Tensor
-    starts: Tensor
-    spans: Tensor
-    blocks: Tensor
-    k_bounds: Tensor
-    k_starts: Tensor
-    k_spans: Tensor
-    k_blocks: Tensor
-    words: Tensor  # int32: the masks' bits; a row of queries is cdiv(keys of the tile, 32) words
-    mask_at: Tensor  # int64 [masks]: a mask's first word
-    order: Tensor | None  # int32 [S]: position p is token order[p]
-
-
-class Tiles(NamedTuple):
-    """The kept tiles as compressed rows, NumPy arrays."""
-
-    starts: np.ndarray  # int64 [P, Tq + 1]: row (p, t) is entries starts[p, t] .. starts[p, t + 1]
-    tiles: np.ndarray  # int32 [n]: tiles of keys, ascending in each row
-    masks: np.ndarray  # int32 [n]: FULL, or an index of `bits`
-    bits: tuple[np.ndarray, ...] = ()  # masks: bool [queries of the tile, keys of the tile]
+TRANSPOSED = ("transposed", True)
+"""Among a plan's parameters: its queries and keys are swapped."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -77,28 +51,29 @@ class TilePlan:
     rows: Tiles = field(compare=False)
     tensors: PlanTensors = field(compare=False)
     """What the kernels walk, on one device."""
-    _kin: dict[torch.device, TilePlan] = field(default_factory=dict, compare=False)
-    """This plan on every device it was asked for."""
+    _kin: dict[tuple[bool, torch.device], TilePlan] = field(default_factory=dict, compare=False)
+    """This plan both ways round on every device it was asked for, by (transposed, device)."""
+
+    # Plain values of what a call looks at: torch.compile takes them for constants, NumPy's for unknowns.
+    q_length: int = field(init=False, compare=False)
+    k_length: int = field(init=False, compare=False)
+    heads: int = field(init=False, compare=False)
+    """1 where all heads share the plan, else the number of heads it is for."""
+    _transposed: bool = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
-        self._kin[self.device] = self
+        for name, value in (
+            ("q_length", int(self.q_bounds[-1])),
+            ("k_length", int(self.k_bounds[-1])),
+            ("heads", self.rows.starts.shape[0]),
+            ("_transposed", TRANSPOSED in self.parameters),
+        ):
+            object.__setattr__(self, name, value)
+        self._kin[self._transposed, self.device] = self
 
     @property
     def device(self) -> torch.device:
         return self.tensors.spans.device
-
-    @property
-    def q_length(self) -> int:
-        return int(self.q_bounds[-1])
-
-    @property
-    def k_length(self) -> int:
-        return int(self.k_bounds[-1])
-
-    @property
-    def heads(self) -> int:
-        """1 where all heads share the plan, else the number of heads it is for."""
-        return self.rows.starts.shape[0]
 
     @property
     def order(self) -> Tensor | None:
@@ -110,7 +85,7 @@ class TilePlan:
         device = torch.device(device)
         if device.index is None and device.type != "cpu":
             device = torch.empty(0, device=device).device
-        found = self._kin.get(device)
+        found = self._kin.get((self._transposed, device))
         if found is None:
             moved = (None if t is None else t.to(device) for t in self.tensors)
             tensors = PlanTensors(*moved)  # type: ignore[arg-type]
@@ -119,22 +94,42 @@ class TilePlan:
             )
         return found
 
+    def transpose(self) -> TilePlan:
+        """Queries and keys swapped: who is seen by whom. plan.transpose().transpose() is plan."""
+        found = self._kin.get((not self._transposed, self.device))
+        if found is None:
+            parameters = tuple(p for p in self.parameters if p != TRANSPOSED)
+            parameters += () if self._transposed else (TRANSPOSED,)
+            rows = transposed(self.rows, len(self.k_bounds) - 1)
+            order = None if self.order is None else self.order.cpu()
+            tensors = plan_tensors(rows, self.k_bounds, self.q_bounds, order)
+            found = TilePlan(
+                self.name, parameters, self.k_bounds, self.q_bounds, rows, tensors, self._kin
+            ).to(self.device)
+        return found
+
     @property
     def kept(self) -> np.ndarray:
-        """int64 [P]: the elements that each head computes."""
-        starts, tiles, masks, bits = self.rows
-        row = np.repeat(np.arange(starts[:, :-1].size), np.diff(starts).ravel())
-        tile_q = row % (len(self.q_bounds) - 1)
-        counts = np.diff(self.q_bounds)[tile_q].astype(np.int64) * np.diff(self.k_bounds)[tiles]
-        if bits:
-            ones = np.array([b.sum() for b in bits], np.int64)
-            counts = np.where(masks == FULL, counts, ones[masks])
-        head = row // (len(self.q_bounds) - 1)
-        return np.bincount(head, counts, self.heads).astype(np.int64)
+        """int64 [P]: the pairs of a query and a key that count, for each head."""
+        ones = np.array([b.sum() for b in self.rows.bits] + [0], np.int64)
+        return self._pairs(ones)
+
+    @property
+    def computed(self) -> np.ndarray:
+        """int64 [P]: the pairs in the kept tiles, for each head; what masks leave out is computed, too."""
+        return self._pairs(np.array([b.size for b in self.rows.bits] + [0], np.int64))
+
+    def _pairs(self, per_mask: np.ndarray) -> np.ndarray:
+        """per_mask: int64 [masks + 1], what a tile with each mask adds; the last one is not looked at."""
+        head, tile_q, tile_k, masks, _ = entries_of(self.rows)
+        whole = np.diff(self.q_bounds)[tile_q].astype(np.int64) * np.diff(self.k_bounds)[tile_k]
+        # Integers as float64, which bincount adds up: exact below 2^53.
+        pairs = np.bincount(head, np.where(masks == FULL, whole, per_mask[masks]), self.heads)
+        return pairs.astype(np.int64)
 
     @property
     def density(self) -> float:
-        """The share of query-key pairs that are computed, the mean over heads."""
+        """The share of query-key pairs that count, the mean over heads."""
         return float(self.kept.mean()) / (self.q_length * self.k_length)
 
     def to_dense(self) -> Tensor:
@@ -153,10 +148,56 @@ class TilePlan:
             dense = dense[:, place][:, :, place]
         return torch.from_numpy(dense)
 
+    def summary(self) -> str:
+        """A few lines of text: tokens, tiles, density, the speed-up it allows, memory."""
+        from pydiffuse.plans.pictures import summary
+
+        return summary(self)
+
+    def picture(self, size: int = 512, head: int = 0) -> np.ndarray:
+        """uint8 [h, w, 3], the longer side `size` pixels: queries down, keys to the right, by position.
+
+        Dark: whole tiles; orange: elements that masks keep; light orange: those they leave out.
+        """
+        from pydiffuse.plans.pictures import picture
+
+        return picture(self, size, head)
+
+    def save_picture(self, path: str | PathLike[str], size: int = 512, head: int = 0) -> None:
+        """`picture` as a file, of the kind its suffix says. Needs Pillow."""
+        from pydiffuse.plans.pictures import save_picture
+
+        save_picture(self, path, size, head)
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """As JSON: a closed form by its name and parameters, another plan with its tiles."""
+        from pydiffuse.plans.files import save_plan
+
+        save_plan(self, path)
+
+    @staticmethod
+    def load(path: str | PathLike[str]) -> TilePlan:
+        """What `save` wrote. ValueError where the file is no plan, or damaged."""
+        from pydiffuse.plans.files import load_plan
+
+        return load_plan(path)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Copies and pickles find the plan they came from, on the device that torch.load maps to.
+        from pydiffuse.plans.files import arrays_of, restore
+
+        if self._transposed:
+            return TilePlan.transpose, (self.transpose(),)
+        anchor = torch.empty(0, dtype=torch.int32, device=self.device)
+        return restore, (self.name, self.parameters, anchor, arrays_of(self))
+
     def __repr__(self) -> str:
         given = "".join(f", {k}={v!r}" for k, v in self.parameters)
         heads = f", {self.heads} heads" if self.heads > 1 else ""
         return f"TilePlan({self.name!r}{given}, {self.q_length} x {self.k_length}{heads})"
+
+
+_GIVEN: weakref.WeakValueDictionary[tuple[str, Any], TilePlan] = weakref.WeakValueDictionary()
 
 
 def make_plan(
@@ -173,30 +214,32 @@ def make_plan(
     out; a plan that keeps nothing at all is refused.
     """
     q_bounds, k_bounds = _bounds(name, q_lengths), _bounds(name, k_lengths)
-    rows = _simplified(rows)
+    rows = simplified(rows)
     if not len(rows.tiles):
         raise ValueError(
             f"{name}: the plan is empty, no query would see a key; accepted: one kept tile or more"
         )
-    words, mask_at = _words(rows.bits)
-    row = np.repeat(np.arange(rows.starts[:, :-1].size), np.diff(rows.starts).ravel())
-    head, tile_q = np.divmod(row, len(q_bounds) - 1)
-    heads = len(rows.starts)
-    by_q = _spans(heads, head, tile_q, rows.tiles, rows.masks, q_bounds, k_bounds)
-    by_k = _spans(heads, head, rows.tiles, tile_q, rows.masks, k_bounds, q_bounds)
-    tensors = PlanTensors(
-        *by_q, *by_k, words, mask_at, None if order is None else torch.from_numpy(order.astype(np.int32))
-    )
+    places = None if order is None else torch.from_numpy(order.astype(np.int32))
+    tensors = plan_tensors(rows, q_bounds, k_bounds, places)
     return TilePlan(name, tuple(parameters), q_bounds, k_bounds, rows, tensors)
 
 
-def digest(*arrays: np.ndarray) -> str:
-    """What tells plans from given masks apart."""
-    h = hashlib.blake2b(digest_size=16)
-    for a in arrays:
-        h.update(repr(a.shape).encode())
-        h.update(np.ascontiguousarray(a).tobytes())
-    return h.hexdigest()
+def given_plan(
+    name: str,
+    q_lengths: Sequence[int] | np.ndarray,
+    k_lengths: Sequence[int] | np.ndarray,
+    rows: Tiles,
+    order: np.ndarray | None = None,
+) -> TilePlan:
+    """A plan that no parameters describe: its tiles' digest tells it apart. While it lives, the same tiles
+    give the same object."""
+    rows = simplified(rows)
+    edges = _bounds(name, q_lengths), _bounds(name, k_lengths)
+    parameters = (("digest", digest_of(rows, *edges, order)),)
+    found = _GIVEN.get((name, parameters))
+    if found is None:
+        found = _GIVEN[name, parameters] = make_plan(name, parameters, q_lengths, k_lengths, rows, order)
+    return found
 
 
 def _bounds(name: str, lengths: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -204,88 +247,5 @@ def _bounds(name: str, lengths: Sequence[int] | np.ndarray) -> np.ndarray:
     if sizes.ndim != 1 or not len(sizes) or (sizes < 1).any():
         raise ValueError(f"{name}: tiles have lengths {sizes.tolist()}; accepted: one or more, each >= 1")
     bounds = np.concatenate([[0], np.cumsum(sizes)])
-    if bounds[-1] >= 2**31:
-        raise ValueError(f"{name}: {bounds[-1]} tokens; accepted: below 2^31")
+    check_tokens(name, int(bounds[-1]))
     return bounds.astype(np.int32)
-
-
-def _simplified(rows: Tiles) -> Tiles:
-    """Masks of ones are full tiles, masks of zeros none, and equal masks one."""
-    if not rows.bits:
-        return Tiles(np.asarray(rows.starts), np.asarray(rows.tiles), np.asarray(rows.masks))
-    distinct: dict[Any, int] = {}
-    bits: list[np.ndarray] = []
-    code = np.empty(len(rows.bits) + 1, np.int32)
-    code[FULL] = FULL  # the last one, at which an index of -1 looks
-    for i, mask in enumerate(rows.bits):
-        if mask.all():
-            code[i] = FULL
-        elif not mask.any():
-            code[i] = FULL - 1
-        else:
-            key = mask.shape, np.packbits(mask).tobytes()
-            code[i] = distinct.setdefault(key, len(bits))
-            if code[i] == len(bits):
-                bits.append(mask)
-    masks = code[rows.masks]
-    stays = masks >= FULL
-    kept_before = np.concatenate([[0], np.cumsum(stays)])
-    return Tiles(kept_before[rows.starts], rows.tiles[stays], masks[stays], tuple(bits))
-
-
-def _words(bits: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
-    """The masks as int32 words, bit j of a word the key 32 w + j; and where each begins."""
-    packed, at, total = [], [], 0
-    for mask in bits:
-        wide = np.zeros((mask.shape[0], -(-mask.shape[1] // 32) * 32), bool)
-        wide[:, : mask.shape[1]] = mask
-        packed.append(np.packbits(wide, axis=1, bitorder="little").view("<i4").ravel())
-        at.append(total)
-        total += packed[-1].size
-    words = np.concatenate(packed) if packed else np.zeros(1, np.int32)
-    return torch.from_numpy(words.astype(np.int32)), torch.tensor(at, dtype=torch.int64)
-
-
-def _spans(
-    heads: int,
-    head: np.ndarray,
-    own: np.ndarray,
-    other: np.ndarray,
-    masks: np.ndarray,
-    bounds: np.ndarray,
-    other_bounds: np.ndarray,
-) -> Spans:
-    """The entries (head, own tile, other tile, mask) as spans over the other side."""
-    count = len(bounds) - 1
-    row = head.astype(np.int64) * count + own
-    by_row = np.lexsort((other, row))
-    row, other, masks = row[by_row], other[by_row], masks[by_row]
-    # An entry goes on with the span before it if both are full and neighbours in one row.
-    joins = (row[1:] == row[:-1]) & (other[1:] == other[:-1] + 1)
-    joins &= (masks[1:] == FULL) & (masks[:-1] == FULL)
-    first = np.concatenate([[True], ~joins])
-    last = np.concatenate([~joins, [True]])
-    spans = np.stack([other_bounds[other[first]], other_bounds[other[last] + 1], masks[first]], 1)
-    per_row = np.bincount(row[first], minlength=heads * count)
-    ends = np.cumsum(per_row).reshape(heads, count)
-    starts = np.concatenate([ends[:, :1] - per_row.reshape(heads, count)[:, :1], ends], 1)
-    seen = np.bincount(row[first], spans[:, 1] - spans[:, 0], heads * count).reshape(heads, count)
-    return Spans(
-        torch.from_numpy(bounds),
-        torch.from_numpy(starts.astype(np.int32)),
-        torch.from_numpy(spans.astype(np.int32)),
-        torch.from_numpy(_blocks(bounds, seen)),
-    )
-
-
-def _blocks(bounds: np.ndarray, seen: np.ndarray) -> np.ndarray:
-    """[P, blocks, 3]: every tile cut into rows of at most BLOCK; by what they see, most first."""
-    lengths = np.diff(bounds)
-    per_tile = -(-lengths // BLOCK)
-    tile = np.repeat(np.arange(len(lengths)), per_tile)
-    within = np.arange(len(tile)) - np.repeat(np.cumsum(per_tile) - per_tile, per_tile)
-    begin = bounds[tile] + within * BLOCK
-    end = np.minimum(begin + BLOCK, bounds[tile + 1])
-    blocks = np.stack([tile, begin, end], 1).astype(np.int32)
-    work = seen[:, tile] * (end - begin)
-    return np.ascontiguousarray(blocks[np.argsort(-work, axis=1, kind="stable")])

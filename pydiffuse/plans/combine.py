@@ -1,0 +1,143 @@
+"""Plans made of plans: one for each head, and what any of several sees."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from pydiffuse.checks import describe
+from pydiffuse.plans.plan import TilePlan, make_plan
+from pydiffuse.plans.rows import FULL, Entries, entries_of, recut, tiles_of
+
+
+def per_head(plans: Sequence[TilePlan]) -> TilePlan:
+    """Head h follows plans[h]. Where all are equal, that plan itself, which serves any number of heads.
+
+    Tiles are cut at the boundaries of all the plans: patterns over the same frames or cubes go together best.
+    Plans with an order go with plans of the same order, and with those that keep everything.
+    """
+    given = _plans("per_head", plans)
+    for h, plan in enumerate(given):
+        if plan.heads != 1:
+            raise ValueError(f"per_head: plan {h} is {plan!r}; accepted: a plan for one head")
+    return given[0] if len(set(given)) == 1 else _per_head(given)
+
+
+@functools.lru_cache(maxsize=256)
+def _per_head(plans: tuple[TilePlan, ...]) -> TilePlan:
+    q_bounds, k_bounds, pieces = common_tiles(plans)
+    head = np.concatenate([np.full(len(e.tile_q), h) for h, e in enumerate(pieces)])
+    entries = joined(pieces)._replace(head=head)
+    rows = tiles_of(entries, len(plans), len(q_bounds) - 1)
+    order = order_of("per_head", plans)
+    return make_plan("per_head", [("plans", plans)], np.diff(q_bounds), np.diff(k_bounds), rows, order)
+
+
+def union(plans: Sequence[TilePlan]) -> TilePlan:
+    """A query sees a key where one of the plans lets it: a local window and a few global tokens, say.
+
+    Tiles are cut at the boundaries of all the plans. Plans for one head and for several go together.
+    """
+    given = tuple(dict.fromkeys(_plans("union", plans)))
+    heads = {plan.heads for plan in given if plan.heads > 1}
+    if len(heads) > 1:
+        raise ValueError(f"union: plans are for {sorted(heads)} heads; accepted: 1 or the same number")
+    return given[0] if len(given) == 1 else _union(given)
+
+
+@functools.lru_cache(maxsize=256)
+def _union(plans: tuple[TilePlan, ...]) -> TilePlan:
+    q_bounds, k_bounds, pieces = common_tiles(plans)
+    heads = max(plan.heads for plan in plans)
+    every = joined([for_heads(e, plan.heads, heads) for e, plan in zip(pieces, plans, strict=True)])
+    place = np.stack([every.head, every.tile_q, every.tile_k])
+    _, first, which = np.unique(place, axis=1, return_index=True, return_inverse=True)
+    whole = np.zeros(len(first), bool)
+    np.logical_or.at(whole, which.ravel(), every.masks == FULL)
+    masks = np.where(whole, FULL, every.masks[first])
+    bits = list(every.bits)
+    # Where several plans keep some elements of a tile each, the tile keeps them all.
+    more = np.ones(len(every.masks), bool)
+    more[first] = False
+    joins: dict[tuple[int, int], int] = {}
+    for i in np.flatnonzero(more & ~whole[which.ravel()]):
+        at = which.ravel()[i]
+        pair = int(masks[at]), int(every.masks[i])
+        if pair not in joins:
+            joins[pair] = len(bits)
+            bits.append(bits[pair[0]] | bits[pair[1]])
+        masks[at] = joins[pair]
+    kept = Entries(every.head[first], every.tile_q[first], every.tile_k[first], masks, tuple(bits))
+    rows = tiles_of(kept, heads, len(q_bounds) - 1)
+    order = order_of("union", plans)
+    return make_plan("union", [("plans", plans)], np.diff(q_bounds), np.diff(k_bounds), rows, order)
+
+
+def common_tiles(plans: Sequence[TilePlan]) -> tuple[np.ndarray, np.ndarray, list[Entries]]:
+    """Boundaries of query and key tiles that hold those of all plans, and the plans' entries over them."""
+    q_bounds, k_bounds = (
+        functools.reduce(np.union1d, [getattr(plan, name) for plan in plans])
+        for name in ("q_bounds", "k_bounds")
+    )
+    return q_bounds, k_bounds, [entries_over(plan, q_bounds, k_bounds) for plan in plans]
+
+
+def entries_over(plan: TilePlan, q_bounds: np.ndarray, k_bounds: np.ndarray) -> Entries:
+    return recut(entries_of(plan.rows), (plan.q_bounds, plan.k_bounds), (q_bounds, k_bounds))
+
+
+def joined(pieces: Sequence[Entries]) -> Entries:
+    """One after the other, with one list of masks."""
+    masks: list[np.ndarray] = []
+    bits: list[np.ndarray] = []
+    for e in pieces:
+        masks.append(np.where(e.masks == FULL, FULL, e.masks + len(bits)))
+        bits += e.bits
+    head, tile_q, tile_k = (np.concatenate([e[i] for e in pieces]) for i in range(3))
+    return Entries(head, tile_q, tile_k, np.concatenate(masks), tuple(bits))
+
+
+def for_heads(entries: Entries, given: int, heads: int) -> Entries:
+    """The entries of a plan that `given` heads have, for `heads` of them."""
+    if given == heads:
+        return entries
+    tile_q, tile_k, masks = (np.tile(part, heads) for part in entries[1:4])
+    return Entries(np.repeat(np.arange(heads), len(entries.head)), tile_q, tile_k, masks, entries.bits)
+
+
+def keeps_all(plan: TilePlan) -> bool:
+    return bool((plan.kept == plan.q_length * plan.k_length).all())
+
+
+def order_of(op: str, plans: Iterable[TilePlan]) -> np.ndarray | None:
+    """The order that the plans have in common; one that keeps everything goes along with any."""
+    orders = [
+        np.arange(plan.q_length) if plan.order is None else plan.order.cpu().numpy()
+        for plan in plans
+        if not keeps_all(plan)
+    ]
+    for order in orders[1:]:
+        if not np.array_equal(order, orders[0]):
+            raise ValueError(
+                f"{op}: the plans have different orders of tokens; accepted: plans of one order, such as"
+                " sliding_tile over the same grid and tile, and dense ones"
+            )
+    return None if not orders or (np.diff(orders[0]) == 1).all() else orders[0]
+
+
+def _plans(op: str, plans: Any) -> tuple[TilePlan, ...]:
+    given = tuple(plans) if isinstance(plans, Sequence) else ()
+    if not given:
+        raise ValueError(f"{op}: plans is {plans!r}; accepted: a list of one TilePlan or more")
+    for i, plan in enumerate(given):
+        if not isinstance(plan, TilePlan):
+            raise TypeError(f"{op}: plan {i} is {describe(plan)}; accepted: a TilePlan")
+        first = given[0]
+        if (plan.q_length, plan.k_length) != (first.q_length, first.k_length):
+            raise ValueError(
+                f"{op}: plan {i} is {plan!r} and plan 0 is {first!r}; accepted: plans of equal lengths"
+            )
+    return given

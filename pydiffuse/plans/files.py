@@ -1,0 +1,216 @@
+"""Plans as JSON, and copies: closed forms by name and parameters, others with their tiles.
+
+    {"format": "pydiffuse.plan", "version": 1, "plan": {"name": "frames", "parameters": {...}}}
+
+A plan within another one's parameters (`per_head`, `union`, `joint`) is {"plan": {...}} there. A plan that
+no parameters describe has "arrays": its boundaries, rows and order as zlib-compressed, base64-coded int32,
+its masks as bits.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import zlib
+from collections.abc import Callable
+from os import PathLike
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from pydiffuse.plans.combine import per_head, union
+from pydiffuse.plans.joint import joint
+from pydiffuse.plans.patterns import block_causal, dense, frames, groups, local
+from pydiffuse.plans.plan import TRANSPOSED, TilePlan, given_plan, make_plan
+from pydiffuse.plans.rows import FULL, Tiles
+from pydiffuse.plans.sliding import sliding_tile
+
+FORMAT, VERSION = "pydiffuse.plan", 1
+FORMS: dict[str, Callable[..., TilePlan]] = {
+    form.__name__: form
+    for form in (block_causal, dense, frames, groups, joint, local, per_head, sliding_tile, union)
+}
+"""Constructors whose arguments, the plan's parameters, say all."""
+
+
+class Arrays(NamedTuple):
+    """What there is to a plan that is no closed form."""
+
+    q_bounds: np.ndarray
+    k_bounds: np.ndarray
+    rows: Tiles
+    order: np.ndarray | None
+
+
+def arrays_of(plan: TilePlan) -> Arrays | None:
+    """None for a closed form."""
+    if plan.name in FORMS:
+        return None
+    order = None if plan.order is None else plan.order.cpu().numpy()
+    return Arrays(plan.q_bounds, plan.k_bounds, plan.rows, order)
+
+
+def rebuild(name: str, parameters: tuple[tuple[str, Any], ...], arrays: Arrays | None) -> TilePlan:
+    if arrays is None:
+        return FORMS[name](**dict(parameters))
+    lengths = np.diff(arrays.q_bounds), np.diff(arrays.k_bounds)
+    if [key for key, _ in parameters] == ["digest"]:
+        return given_plan(name, *lengths, arrays.rows, arrays.order)
+    return make_plan(name, parameters, *lengths, arrays.rows, arrays.order)
+
+
+def restore(
+    name: str, parameters: tuple[tuple[str, Any], ...], anchor: Tensor, arrays: Arrays | None
+) -> TilePlan:
+    """For copies and pickles. anchor: an empty tensor on the plan's device."""
+    return rebuild(name, parameters, arrays).to(anchor.device)
+
+
+def save_plan(plan: TilePlan, path: str | PathLike[str]) -> None:
+    write(path, FORMAT, VERSION, {"plan": to_json(plan)})
+
+
+def load_plan(path: str | PathLike[str]) -> TilePlan:
+    content = read(path, FORMAT, VERSION)
+    try:
+        return from_json(content["plan"])
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"TilePlan.load: {path} holds no plan: {error}") from error
+
+
+def write(path: str | PathLike[str], format: str, version: int, content: dict[str, Any]) -> None:
+    text = json.dumps({"format": format, "version": version, **content}, indent=1)
+    Path(path).write_text(text + "\n")
+
+
+def read(path: str | PathLike[str], format: str, version: int) -> dict[str, Any]:
+    try:
+        content = json.loads(Path(path).read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}; accepted: a file of {format}") from error
+    given = content.get("format") if isinstance(content, dict) else None
+    if given != format:
+        raise ValueError(f"{path} has the format {given!r}; accepted: {format!r}")
+    if content.get("version") != version:
+        raise ValueError(
+            f"{path} is of version {content.get('version')!r} of {format}; this pydiffuse reads {version}"
+        )
+    return content
+
+
+def to_json(plan: TilePlan) -> dict[str, Any]:
+    if TRANSPOSED in plan.parameters:
+        return {"transposed": to_json(plan.transpose())}
+    found: dict[str, Any] = {"name": plan.name, "parameters": _plain(dict(plan.parameters))}
+    arrays = arrays_of(plan)
+    if arrays is not None:
+        rows = arrays.rows
+        found["arrays"] = {
+            "q_bounds": _packed(arrays.q_bounds),
+            "k_bounds": _packed(arrays.k_bounds),
+            "heads": plan.heads,
+            "starts": _packed(rows.starts),
+            "tiles": _packed(rows.tiles),
+            "masks": _packed(rows.masks),
+            "shapes": [list(b.shape) for b in rows.bits],
+            "bits": _coded(b"".join(np.packbits(b).tobytes() for b in rows.bits)),
+            "order": None if arrays.order is None else _packed(arrays.order),
+        }
+    return found
+
+
+def from_json(given: dict[str, Any]) -> TilePlan:
+    """ValueError, KeyError or TypeError where `given` is not what `to_json` makes."""
+    if "transposed" in given:
+        return from_json(given["transposed"]).transpose()
+    name, parameters = given["name"], {k: _values(v) for k, v in given["parameters"].items()}
+    if "arrays" not in given:
+        if name not in FORMS:
+            raise ValueError(f"a plan named {name!r}; this pydiffuse knows {', '.join(sorted(FORMS))}")
+        return FORMS[name](**parameters)
+    plan = rebuild(name, tuple(parameters.items()), _arrays(given["arrays"]))
+    if dict(plan.parameters) != parameters:
+        raise ValueError(
+            f"the tiles have the {dict(plan.parameters)}, not the {parameters}: it is damaged"
+        )
+    return plan
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, TilePlan):
+        return {"plan": to_json(value)}
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, tuple) else value
+
+
+def _values(value: Any) -> Any:
+    if isinstance(value, dict):
+        return from_json(value["plan"])
+    return tuple(_values(v) for v in value) if isinstance(value, list) else value
+
+
+def _coded(data: bytes) -> str:
+    return base64.b64encode(zlib.compress(data, 9)).decode()
+
+
+def _packed(array: np.ndarray) -> str:
+    return _coded(array.astype("<i4").tobytes())
+
+
+def _decoded(text: str) -> bytes:
+    try:
+        return zlib.decompress(base64.b64decode(text, validate=True))
+    except zlib.error as error:
+        raise ValueError(f"an array does not unpack: {error}") from error
+
+
+def _integers(text: str) -> np.ndarray:
+    return np.frombuffer(_decoded(text), "<i4").astype(np.int32)
+
+
+def _arrays(given: dict[str, Any]) -> Arrays:
+    q_bounds, k_bounds = _integers(given["q_bounds"]), _integers(given["k_bounds"])
+    starts = _integers(given["starts"]).astype(np.int64).reshape(given["heads"], len(q_bounds))
+    tiles, masks = _integers(given["tiles"]), _integers(given["masks"])
+    data, bits, at = np.frombuffer(_decoded(given["bits"]), np.uint8), [], 0
+    for q, k in given["shapes"]:
+        size = -(-q * k // 8)
+        bits.append(np.unpackbits(data[at : at + size], count=q * k).astype(bool).reshape(q, k))
+        at += size
+    order = None if given["order"] is None else _integers(given["order"])
+    found = Arrays(q_bounds, k_bounds, Tiles(starts, tiles, masks, tuple(bits)), order)
+    _check(found)
+    return found
+
+
+def _check(given: Arrays) -> None:
+    """Kernels trust a plan: what was read must be one."""
+    q_bounds, k_bounds, (starts, tiles, masks, bits), order = given
+    flat = starts.ravel()
+    row_of = np.repeat(np.arange(starts.size), np.append(np.maximum(np.diff(flat), 0), 0))
+    ends = starts[1:, 0] == starts[:-1, -1]
+    shapes: np.ndarray = np.array([b.shape for b in bits] + [(0, 0)])
+    facts = {
+        "boundaries ascend from 0": all(
+            b[0] == 0 and (np.diff(b) > 0).all() for b in (q_bounds, k_bounds)
+        ),
+        "rows follow each other": flat[0] == 0 and (np.diff(flat) >= 0).all() and ends.all(),
+        "rows hold all tiles": flat[-1] == len(tiles) == len(masks) > 0,
+        "tiles are tiles of keys": ((tiles >= 0) & (tiles < len(k_bounds) - 1)).all(),
+        "masks are masks": ((masks >= FULL) & (masks < len(bits))).all(),
+        "the order is a permutation": order is None
+        or (q_bounds[-1] == k_bounds[-1] and np.array_equal(np.sort(order), np.arange(q_bounds[-1]))),
+    }
+    if all(facts.values()):
+        tile_q = row_of % starts.shape[1]
+        facts["tiles of a row ascend"] = ((np.diff(tiles) > 0) | (np.diff(row_of) > 0)).all()
+        sizes = np.stack([np.diff(q_bounds)[tile_q], np.diff(k_bounds)[tiles]], 1)
+        facts["masks are as large as their tiles"] = (
+            (sizes == shapes[masks]).all(1) | (masks == FULL)
+        ).all()
+    for fact, holds in facts.items():
+        if not holds:
+            raise ValueError(f"its arrays do not fit: it is not so that {fact}")

@@ -1,0 +1,107 @@
+"""What kernels walk, derived from the kept tiles: spans of neighbours, blocks of work, masks as words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pydiffuse.plans.rows import FULL, Tiles, entries_of, ranges, row_starts
+
+BLOCK = 128
+"""Rows of a block of work at most: queries in the forward, queries or keys in the backward."""
+
+
+class Spans(NamedTuple):
+    """One side's tiles and what they see of the other side."""
+
+    bounds: Tensor  # int32 [T + 1]: tile t is rows bounds[t] .. bounds[t + 1]
+    starts: Tensor  # int32 [P, T + 1]: tile t of head p sees spans starts[p, t] .. starts[p, t + 1]
+    spans: Tensor  # int32 [n, 3]: begin and end along the other side, ascending; a mask, or FULL
+    blocks: Tensor  # int32 [P, blocks, 3]: tile, first row, end; what sees most comes first
+
+
+class PlanTensors(NamedTuple):
+    """A plan as the ops take it. P is 1, or a plan for each head."""
+
+    bounds: Tensor
+    starts: Tensor
+    spans: Tensor
+    blocks: Tensor
+    k_bounds: Tensor
+    k_starts: Tensor
+    k_spans: Tensor
+    k_blocks: Tensor
+    words: Tensor  # int32: the masks' bits; a row of queries is cdiv(keys of the tile, 32) words
+    mask_at: Tensor  # int64 [masks]: a mask's first word
+    order: Tensor | None  # int32 [S]: position p is token order[p]
+
+
+def plan_tensors(
+    rows: Tiles, q_bounds: np.ndarray, k_bounds: np.ndarray, order: Tensor | None
+) -> PlanTensors:
+    """order: int32 [S] or None."""
+    words, mask_at = _words(rows.bits)
+    head, tile_q, tile_k, masks, _ = entries_of(rows)
+    heads = len(rows.starts)
+    by_q = _spans(heads, head, tile_q, tile_k, masks, q_bounds, k_bounds)
+    by_k = _spans(heads, head, tile_k, tile_q, masks, k_bounds, q_bounds)
+    return PlanTensors(*by_q, *by_k, words, mask_at, order)
+
+
+def _words(bits: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
+    """The masks as int32 words, bit j of a word the key 32 w + j; and where each begins."""
+    packed, at, total = [], [], 0
+    for mask in bits:
+        wide = np.zeros((mask.shape[0], -(-mask.shape[1] // 32) * 32), bool)
+        wide[:, : mask.shape[1]] = mask
+        packed.append(np.packbits(wide, axis=1, bitorder="little").view("<i4").ravel())
+        at.append(total)
+        total += packed[-1].size
+    words = np.concatenate(packed) if packed else np.zeros(1, np.int32)
+    return torch.from_numpy(words.astype(np.int32)), torch.tensor(at, dtype=torch.int64)
+
+
+def _spans(
+    heads: int,
+    head: np.ndarray,
+    own: np.ndarray,
+    other: np.ndarray,
+    masks: np.ndarray,
+    bounds: np.ndarray,
+    other_bounds: np.ndarray,
+) -> Spans:
+    """The entries (head, own tile, other tile, mask) as spans over the other side."""
+    count = len(bounds) - 1
+    row = head.astype(np.int64) * count + own
+    by_row = np.lexsort((other, row))
+    row, other, masks = row[by_row], other[by_row], masks[by_row]
+    # An entry goes on with the span before it if both are full and neighbours in one row.
+    joins = (row[1:] == row[:-1]) & (other[1:] == other[:-1] + 1)
+    joins &= (masks[1:] == FULL) & (masks[:-1] == FULL)
+    first = np.concatenate([[True], ~joins])
+    last = np.concatenate([~joins, [True]])
+    spans = np.stack([other_bounds[other[first]], other_bounds[other[last] + 1], masks[first]], 1)
+    per_row = np.bincount(row[first], minlength=heads * count)
+    starts = row_starts(per_row.reshape(heads, count))
+    seen = np.bincount(row[first], spans[:, 1] - spans[:, 0], heads * count).reshape(heads, count)
+    return Spans(
+        torch.from_numpy(bounds),
+        torch.from_numpy(starts.astype(np.int32)),
+        torch.from_numpy(spans.astype(np.int32)),
+        torch.from_numpy(_blocks(bounds, seen)),
+    )
+
+
+def _blocks(bounds: np.ndarray, seen: np.ndarray) -> np.ndarray:
+    """[P, blocks, 3]: every tile cut into rows of at most BLOCK; by what they see, most first."""
+    lengths = np.diff(bounds)
+    within, tile = ranges(np.zeros(len(lengths), np.int64), -(-lengths // BLOCK))
+    begin = bounds[tile] + within * BLOCK
+    end = np.minimum(begin + BLOCK, bounds[tile + 1])
+    blocks = np.stack([tile, begin, end], 1).astype(np.int32)
+    work = seen[:, tile] * (end - begin)
+    return np.ascontiguousarray(blocks[np.argsort(-work, axis=1, kind="stable")])
