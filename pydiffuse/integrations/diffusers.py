@@ -5,6 +5,8 @@
 
 Only `forward` is replaced (and, in the tangential guider, a property that 0.42.1 reads from a field which
 does not exist). `pred_cond` and `pred_uncond` of the output are the model's, untouched.
+
+`attention_plan` gives a model's self-attentions a tile plan.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from diffusers.guiders.guider_utils import GuiderOutput
 from torch import Tensor
 
 from pydiffuse import guidance
+from pydiffuse.integrations.diffusers_attention import attention_plan
 
 
 def _unguided(cond: Tensor, uncond: Tensor | None) -> GuiderOutput:
@@ -111,3 +114,13 @@ class AdaptiveProjectedGuidance(theirs.AdaptiveProjectedGuidance):
                 **options,
             )
         return GuiderOutput(pred=pred, pred_cond=pred_cond, pred_uncond=pred_uncond)
+
+
+__all__ = [
+    "AdaptiveProjectedGuidance",
+    "ClassifierFreeGuidance",
+    "ClassifierFreeZeroStarGuidance",
+    "MagnitudeAwareGuidance",
+    "TangentialClassifierFreeGuidance",
+    "attention_plan",
+]
