@@ -15,7 +15,7 @@ from torch import Tensor
 from pydiffuse import _ops
 from pydiffuse.autograd.attention import TileAttention, run_attention
 from pydiffuse.autograd.functions import needs_function
-from pydiffuse.calls.attention import check_attention, scale_of
+from pydiffuse.calls.attention import apart, autocast, check_attention, scale_of
 from pydiffuse.checks import check_flag
 from pydiffuse.plans import TilePlan
 from pydiffuse.reference import attention as reference
@@ -41,17 +41,19 @@ def tile_attention(
     Returns out like q, and with return_lse also lse, float32 [B, H, S], the log of the sum of exp(scores),
     to join attentions over different keys. A query that sees no key gets 0 and -inf. Gradients for q, k and
     v, also through lse, once. A NaN or infinite value in v reaches all queries of a tile that sees its key,
-    also those that a mask within the tile excludes.
+    also those that a mask within the tile excludes; the reference, which is dense, hands it to every query.
+    Under autocast q, k and v are cast as scaled_dot_product_attention casts them.
 
     Efficient-vDiT, arXiv 2502.06155; Sliding Tile Attention, arXiv 2502.04507.
     """
     op = "tile_attention"
+    q, k, v = autocast(q, k, v)
     check_attention(op, q, k, v, plan)
     check_flag(op, "return_lse", return_lse)
     scales = scale_of(op, scale, q)
     if _ops.forced_reference():
         return reference.tile_attention(q, k, v, plan, scale=scale, return_lse=return_lse)
-    given = (q, k, v)
+    given = apart(q, k, v)
     rest = (*scales, *plan.to(q.device).tensors)
     if needs_function(*given):
         out, lse = TileAttention.apply(*given, *rest)

@@ -23,7 +23,7 @@ struct BackwardScratch {
   float *queries, *douts;         // [ATTENTION_BLOCK, wide], pairs of features
   float *query_rows, *dout_rows;  // the same in pairs of rows
   float* dqueries;                // [ATTENTION_BLOCK, wide]
-  float *lse, *delta;             // [ATTENTION_BLOCK], lse in base 2, delta times the scale
+  float *lse, *delta;             // [ATTENTION_BLOCK], delta times the scale
   float *p, *ds;                  // [ATTENTION_BLOCK, KEYS], pairs of rows
   float *strip_p, *strip_ds;      // [STRIP, KEYS]: of a strip, singles; then ds in pairs of keys
   float *stage, *row;             // [KEYS, wide], [2, wide]
@@ -63,12 +63,12 @@ int64_t backward_scratch(const AttentionBackwardArgs& a) {
 }
 int64_t padded_dim(int dim) { return padded(dim); }
 
-// s -> p = exp2(scale s - lse), 0 where a key is not seen; dp -> ds = scale p (dp - delta).
+// s -> p = exp(scale s - lse), 0 where a key is not seen; dp -> ds = scale p (dp - delta).
 template <bool MASKED>
 inline void softmax_gradient(float* p, float* ds, int vectors, uint64_t bits, float scale,
                              float lse, float delta) {
   for (int i = 0; i < vectors; ++i) {
-    vfloat e = vexp2(load<vfloat>(p + i * WIDTH) * (scale * LOG2E) - lse);
+    vfloat e = vexp2((scaled(p + i * WIDTH, scale) - lse) * LOG2E);
     vfloat d = e * (load<vfloat>(ds + i * WIDTH) * scale - delta);
     if constexpr (MASKED) {
       e = where_set(bits >> i * WIDTH, e, 0.0f);
@@ -106,6 +106,7 @@ void attend(const AttentionCall& c, const BackwardScratch<Words>& s, const Seen&
   const int vectors = seen.vectors(), before = seen.first_vector() * WIDTH;
   const int first = seen.lo / PAIR, keys = (seen.hi + PAIR - 1) / PAIR - first;  // in words
   const int count = seen.hi - seen.lo;
+  const float* k_rows = own_rows<Words>(s.k_rows + (at / PAIR + first) * wide, seen, wide, s.stage);
   for (int64_t r = 0; r < rows; r += STRIP) {
     const int64_t strip = rows - r < STRIP ? rows - r : STRIP;
     float* p = PAIR == 1 ? s.p + r * KEYS : s.strip_p;
@@ -131,8 +132,8 @@ void attend(const AttentionCall& c, const BackwardScratch<Words>& s, const Seen&
       pairs_of_keys(ds, strip, before, vectors);
     }
 #endif
-    product<Words>(ds + first, KEYS, s.k_rows + (at / PAIR + first) * wide, wide, keys, strip,
-                   wide / WIDTH, s.dqueries + r * wide, wide, true);
+    product<Words>(ds + first, KEYS, k_rows, wide, keys, strip, wide / WIDTH, s.dqueries + r * wide,
+                   wide, true);
   }
   const int64_t key = (at + seen.lo) * wide;
   product<Words, true>(s.p + seen.lo, KEYS, s.dout_rows, wide, rows / PAIR, count, wide / WIDTH,
@@ -153,8 +154,8 @@ void open_block(const AttentionBackwardCall& call, const BackwardScratch<Words>&
     const int64_t out = c.out.at(b, h, token), dout = call.dout.at(b, h, token);
     read_words<Words>(c.q, c.q.at(b, h, token), c.dim, s.queries + r * wide, wide);
     read_words<Words>(call.dout, dout, c.dim, s.douts + r * wide, wide);
-    read_token(c.out, out, c.dim, 1.0f, s.row, wide);
-    read_token(call.dout, dout, c.dim, 1.0f, s.row + wide, wide);
+    read_token(c.out, out, c.dim, s.row, wide);
+    read_token(call.dout, dout, c.dim, s.row + wide, wide);
     vfloat sum{};
     for (int64_t i = 0; i < wide; i += WIDTH)
       sum += load<vfloat>(s.row + i) * load<vfloat>(s.row + wide + i);
@@ -162,7 +163,7 @@ void open_block(const AttentionBackwardCall& call, const BackwardScratch<Words>&
     for (int i = 0; i < WIDTH; ++i) delta += sum[i];
     s.delta[r] = scale * (delta - (call.dlse ? call.dlse[row] : 0.0f));
     const float lse = c.lse[row];  // a row that sees nothing has probabilities of 0
-    s.lse[r] = lse == -__builtin_inff() ? __builtin_inff() : lse * LOG2E;
+    s.lse[r] = lse == -__builtin_inff() ? __builtin_inff() : lse;
   }
   for (int64_t r = real; r < rows; ++r) {
     std::memset(s.queries + r * wide, 0, wide * sizeof(float));

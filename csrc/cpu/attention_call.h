@@ -18,7 +18,8 @@ inline const AttentionKernels& attention_kernels(DType dtype) {
   return dtype == DType::bf16 && pairs.forward && multiplies_bf16() ? pairs
                                                                     : PYDIFFUSE_BEST(attention);
 }
-// Fewer key heads than this are cut into parts in the backward, for the threads.
+// Fewer key heads than this are cut into parts in the backward, for the threads; whatever the
+// batch, so that a sample's bits do not depend on it.
 constexpr int64_t BACKWARD_ITEMS = 8;
 
 // The pairs of query and key that a plan head's blocks compute, summed up: [blocks + 1].
@@ -76,7 +77,7 @@ void tile_attention_backward(const AttentionBackwardCall& call, const Parallel& 
   if (!key_heads || !c.keys) return;
   const auto& kernels = attention_kernels(c.q.dtype);
   const int64_t blocks = c.plan.q.blocks;
-  const int64_t parts = std::clamp<int64_t>((BACKWARD_ITEMS + key_heads - 1) / key_heads, 1,
+  const int64_t parts = std::clamp<int64_t>((BACKWARD_ITEMS + c.kv_heads - 1) / c.kv_heads, 1,
                                             std::max<int64_t>(1, blocks));
   std::vector<int64_t> cuts;
   for (int64_t p = 0; p < c.plan.heads; ++p) {

@@ -3,7 +3,7 @@
 //
 // A block of at most 128 queries walks its chunks of 64 keys; per chunk, strips of 6 queries:
 // scores by one product, their exponentials, and the sum of values by a second product, onto sums
-// that stay in the first cache. All in base 2: queries come scaled by log2(e), too.
+// that stay in the first cache.
 #pragma once
 
 #include "attention.h"
@@ -12,10 +12,9 @@
 namespace pydiffuse {
 namespace {
 
-// A row's reference point moves only when its scores outgrow it by this many powers of two: sums
-// are rescaled in the first chunk and nearly never again. exp2(10) is far from what float32
-// overflows at.
-constexpr float SLACK = 10.0f;
+// A row's reference point moves only when its scores outgrow it by this much: sums are rescaled in
+// the first chunk and nearly never again. exp(7) is far from what float32 overflows at.
+constexpr float SLACK = 7.0f;
 
 struct ForwardScratch {
   float *columns, *values;  // packed keys [chunks, dim, KEYS], values [chunks, KEYS, wide]
@@ -54,7 +53,7 @@ __attribute__((noinline)) void move_reference(vfloat high, float* reference, flo
   for (int i = 0; i < WIDTH; ++i) to = high[i] > to ? high[i] : to;
   *reference = to;
   if (from == -__builtin_inff()) return;  // its sums are zeros, still
-  const vfloat factor = vexp2(splat(from - to));
+  const vfloat factor = vexp2(splat((from - to) * LOG2E));
   store(totals, load<vfloat>(totals) * factor);
   for (int64_t i = 0; i < wide; i += WIDTH) store(sums + i, load<vfloat>(sums + i) * factor);
 }
@@ -63,15 +62,14 @@ struct Row {  // what a query carries from chunk to chunk
   float *reference, *totals, *sums;
 };
 
-// scores [vectors WIDTH] -> exp2(scale scores - reference) as words, 0 where a key is not seen.
+// scores [vectors WIDTH] -> exp(scale scores - reference) as words, 0 where a key is not seen.
 template <class Words, bool MASKED>
 inline void exponentials(float* scores, int vectors, uint64_t bits, float scale, const Row& row,
                          int64_t wide) {
   const float none = -__builtin_inff();
   vfloat s[KEY_VECTORS], high = splat(none);
   for (int i = 0; i < vectors; ++i) {
-    s[i] = load<vfloat>(scores + i * WIDTH);
-    s[i] *= scale;
+    s[i] = scaled(scores + i * WIDTH, scale);
     if constexpr (MASKED) s[i] = where_set(bits >> i * WIDTH, s[i], none);
     high = s[i] > high ? s[i] : high;
   }
@@ -86,7 +84,7 @@ inline void exponentials(float* scores, int vectors, uint64_t bits, float scale,
   const float m = *row.reference == none ? 0.0f : *row.reference;
   vfloat total = load<vfloat>(row.totals);
   for (int i = 0; i < vectors; ++i) {
-    s[i] = vexp2(s[i] - m);
+    s[i] = vexp2((s[i] - m) * LOG2E);
     total += s[i];
     if constexpr (Words::PAIR == 1) store(scores + i * WIDTH, s[i]);
   }
@@ -106,7 +104,8 @@ void attend(const AttentionCall& c, const ForwardScratch& s, const Seen& seen, i
   const int vectors = seen.vectors(), before = seen.first_vector() * WIDTH;
   const int first = seen.lo / PAIR, keys = (seen.hi + PAIR - 1) / PAIR - first;  // in words
   const float* columns = s.columns + seen.chunk * KEYS * dim + before;
-  const float* values = s.values + (seen.chunk * KEYS / PAIR + first) * wide;
+  const float* values =
+      own_rows<Words>(s.values + (seen.chunk * KEYS / PAIR + first) * wide, seen, wide, s.stage);
   for (int64_t r = 0; r < rows; r += STRIP) {
     const int64_t count = rows - r < STRIP ? rows - r : STRIP;
     uint64_t bits[STRIP], any = 0;
@@ -142,7 +141,7 @@ void forward(const AttentionCall& c, int64_t begin, int64_t end, float* scratch)
     const int64_t p = c.plan_head(h);
     const int32_t* block = plan.q.block + (p * plan.q.blocks + item % plan.q.blocks) * 3;
     const int64_t first = block[1], rows = block[2] - first;
-    const float scale = c.scale_of(h) * LOG2E;
+    const float scale = c.scale_of(h);
     for (int64_t r = 0; r < rows; ++r) {
       read_words<Words>(c.q, c.q.at(b, h, plan.token(first + r)), c.dim, s.queries + r * dim, dim);
       s.reference[r] = -__builtin_inff();
@@ -160,9 +159,11 @@ void forward(const AttentionCall& c, int64_t begin, int64_t end, float* scratch)
       for (int i = 0; i < WIDTH; ++i) total += s.totals[r * WIDTH + i];
       write_token(s.sums + r * wide, total == 0.0f ? 0.0f : 1.0f / total, c.out,
                   c.out.at(b, h, token), c.dim);
-      if (c.lse)
+      if (c.lse) {
+        const float m = s.reference[r];  // infinite where a score is: the total is no number then
         c.lse[(b * c.heads + h) * c.queries + token] =
-            (s.reference[r] + __builtin_log2f(total)) / LOG2E;
+            m == __builtin_inff() ? m : m + __builtin_logf(total);
+      }
     }
   }
 }

@@ -105,15 +105,14 @@ inline void product(const float* A, int64_t lda, const float* B, int64_t ldb, in
   }
 }
 
-// A token's features times `scale` in float32, zeros up to `width`.
-inline void read_token(const Heads& heads, int64_t at, int dim, float scale, float* dst,
-                       int64_t width) {
+// A token's features in float32, zeros up to `width`.
+inline void read_token(const Heads& heads, int64_t at, int dim, float* dst, int64_t width) {
   with_element(heads.dtype, [&](auto element) {
     using E = decltype(element);
     const auto* src = static_cast<const typename E::Bits*>(heads.data) + at;
     int i = 0;
-    for (; i + WIDTH <= dim; i += WIDTH) store(dst + i, E::read(src + i) * scale);
-    for (; i < dim; ++i) dst[i] = E::read_one(src + i) * scale;
+    for (; i + WIDTH <= dim; i += WIDTH) store(dst + i, E::read(src + i));
+    for (; i < dim; ++i) dst[i] = E::read_one(src + i);
     for (; i < width; ++i) dst[i] = 0.0f;
   });
 }
@@ -131,7 +130,7 @@ inline void write_token(const float* src, float scale, const Heads& heads, int64
 // A token's features as words, zeros up to `width` words.
 template <class Words>
 inline void read_words(const Heads& heads, int64_t at, int dim, float* dst, int64_t width) {
-  if constexpr (Words::PAIR == 1) return read_token(heads, at, dim, 1.0f, dst, width);
+  if constexpr (Words::PAIR == 1) return read_token(heads, at, dim, dst, width);
   std::memcpy(dst, static_cast<const uint16_t*>(heads.data) + at, dim * 2);
   std::memset(dst + dim / 2, 0, (width - dim / 2) * sizeof(float));
 }
@@ -277,6 +276,34 @@ inline void for_seen(const Plan& plan, int64_t plan_head, const int32_t* block, 
              static_cast<int>(end < at + KEYS ? end - at : KEYS), words, per_row, at - begin});
     }
   }
+}
+
+// What a product reads of a chunk's rows of words, from the pair of the first key on. An odd end
+// shares its pair with a key that is not seen: its half is zeros in a copy, so that a NaN there
+// stays there.
+template <class Words>
+inline const float* own_rows(const float* rows, const Seen& seen, int64_t wide, float* copy) {
+  if constexpr (Words::PAIR == 1) return rows;
+  if (seen.lo % 2 == 0 && seen.hi % 2 == 0) return rows;
+  const int64_t pairs = (seen.hi + 1) / 2 - seen.lo / 2;
+  std::memcpy(copy, rows, pairs * wide * sizeof(float));
+  const auto keep = [&](int64_t pair, uint32_t half) {
+    for (float* p = copy + pair * wide; p < copy + (pair + 1) * wide; ++p)
+      *p = bits_to_float(float_to_bits(*p) & half);
+  };
+  if (seen.lo % 2) keep(0, 0xffff0000u);
+  if (seen.hi % 2) keep(pairs - 1, 0x0000ffffu);
+  return copy;
+}
+
+// Scores times the scale, rounded: the forward's largest one, which lse is made of, is the
+// backward's to the bit, where a fused multiply-add would not round.
+inline vfloat scaled(const float* scores, float scale) {
+  vfloat s = load<vfloat>(scores) * scale;
+#if defined(__AVX2__) || defined(__AVX512F__)
+  asm("" : "+v"(s));
+#endif
+  return s;
 }
 
 // Lanes of v whose bit is not set become `other`.

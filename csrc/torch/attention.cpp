@@ -1,4 +1,7 @@
 // The torch door of tile attention on the CPU. Schemas stand in pydiffuse/_schemas.py.
+#include <cstring>
+#include <vector>
+
 #include "../cpu/attention_call.h"
 #include "accepts.h"
 
@@ -69,6 +72,33 @@ const char* bad_side(const PlanSide& s, const Plan& plan, int64_t length, int64_
   return nullptr;
 }
 
+// Every row must be in one block, or an output would stay unwritten or be written twice.
+const char* bad_blocks(const PlanSide& s, const Plan& plan, int64_t length) {
+  std::vector<char> seen(length);
+  for (int64_t p = 0; p < plan.heads; ++p) {
+    std::fill(seen.begin(), seen.end(), 0);
+    int64_t rows = 0;
+    for (int64_t i = 0; i < s.blocks; ++i) {
+      const int32_t* b = s.block + (p * s.blocks + i) * 3;
+      const int64_t count = b[2] - b[1];
+      if (std::memchr(seen.data() + b[1], 1, count)) return "blocks must cover each row once";
+      std::memset(seen.data() + b[1], 1, count);
+      rows += count;
+    }
+    if (rows != length) return "blocks must cover each row once";
+  }
+  return nullptr;
+}
+
+const char* bad_order(const int32_t* order, int64_t length) {
+  std::vector<char> seen(length);
+  for (int64_t i = 0; i < length; ++i) {
+    if (order[i] < 0 || order[i] >= length || seen[order[i]]) return "order must be a permutation";
+    seen[order[i]] = 1;
+  }
+  return nullptr;
+}
+
 // Every mask that a tile of queries names must have its words.
 const char* bad_masks(const Plan& plan) {
   for (int64_t p = 0; p < plan.heads; ++p)
@@ -79,7 +109,7 @@ const char* bad_masks(const Plan& plan) {
         if (span[2] == FULL) continue;
         const int64_t rows = plan.q.bounds[t + 1] - plan.q.bounds[t];
         const int64_t at = plan.mask_at[span[2]], size = rows * ((span[1] - span[0] + 31) / 32);
-        if (at < 0 || at + size > plan.words) return "masks must lie within the words";
+        if (at < 0 || at > plan.words - size) return "masks must lie within the words";
       }
   return nullptr;
 }
@@ -102,14 +132,11 @@ Plan plan_of(const Accepts& accepts, const PlanInputs& in, int64_t heads, int64_
   plan.order = accepts.ints("order", in.order, {queries});
   const char* bad = bad_side(plan.q, plan, queries, keys);
   if (!bad) bad = bad_side(plan.k, plan, keys, queries);
+  if (!bad) bad = bad_blocks(plan.q, plan, queries);
   if (!bad) bad = bad_masks(plan);
+  if (!bad && plan.order && keys != queries) bad = "an order is for as many keys as queries";
+  if (!bad && plan.order) bad = bad_order(plan.order, queries);
   STD_TORCH_CHECK(!bad, accepts.op, ": ", bad ? bad : "");
-  if (plan.order) {
-    STD_TORCH_CHECK(keys == queries, accepts.op, ": an order is for as many keys as queries");
-    for (int64_t i = 0; i < queries; ++i)
-      STD_TORCH_CHECK(plan.order[i] >= 0 && plan.order[i] < queries, accepts.op,
-                      ": order holds tokens that do not exist");
-  }
   return plan;
 }
 

@@ -15,7 +15,7 @@ from torch.autograd import Function
 
 from pydiffuse._ops import ops_for
 from pydiffuse.autograd.functions import derive, second_derivative
-from pydiffuse.calls.attention import beside, new_heads
+from pydiffuse.calls.attention import beside, gradient_beside, new_heads
 
 OP = "tile_attention"
 
@@ -69,7 +69,7 @@ class TileAttentionBackward(Function):
         grads = tuple(new_heads(t) for t in (q, k, v))
         dlse = None if dlse is None else dlse.float().contiguous()
         ops_for(OP, q).tile_attention_backward.default(
-            *grads, beside(dout), dlse, beside(out), lse, beside(q), beside(k), beside(v), *rest
+            *grads, gradient_beside(dout), dlse, beside(out), lse, beside(q), beside(k), beside(v), *rest
         )
         return grads  # type: ignore[return-value]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -51,6 +52,21 @@ def check_attention(op: str, q: Tensor, k: Tensor, v: Tensor, plan: TilePlan) ->
         raise ValueError(f"{op}: {plan!r} is for {plan.heads} heads and q has {H}; accepted: 1 or {H}")
 
 
+def autocast(*tensors: Any) -> tuple[Any, ...]:
+    """Under autocast, floating-point tensors in its dtype."""
+    first = tensors[0]
+    if not isinstance(first, Tensor) or not torch.is_autocast_enabled(first.device.type):
+        return tensors
+    dtype = torch.get_autocast_dtype(first.device.type)
+    return tuple(t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t for t in tensors)
+
+
+def apart(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What stands in two places twice: compiled graphs take no tensor as two arguments of one Function."""
+    k = k.view_as(k) if k is q else k
+    return q, k, v.view_as(v) if v is q or v is k else v
+
+
 def scale_of(op: str, scale: Any, q: Tensor) -> Scale:
     if scale is None:
         return Scale(None, 1 / math.sqrt(q.shape[-1]))
@@ -64,15 +80,19 @@ def scale_of(op: str, scale: Any, q: Tensor) -> Scale:
         if scale.requires_grad and torch.is_grad_enabled() and not _ops.forced_reference():
             raise ValueError(f"{op}: scale takes no gradient; multiply q by it and give scale=1")
         return Scale(scale.detach().float().expand(H).contiguous(), 1.0)
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
+    if isinstance(scale, bool) or not isinstance(scale, Real) or not abs(float(scale)) < 3e38:
         raise ValueError(f"{op}: scale is {scale!r}; accepted: a finite number or a float tensor (H,)")
     return Scale(None, float(scale))
 
 
 def beside(t: Tensor) -> Tensor:
-    """t [B, H, S, D] with the features of each token side by side, which is all that kernels ask for.
-    While Dynamo (torch 2.13) traces a backward, it knows no strides of gradients."""
-    return t if t.stride(3) == 1 and not torch.compiler.is_compiling() else t.contiguous()
+    """t [B, H, S, D] with the features of each token side by side, which is all that kernels ask for."""
+    return t if t.stride(3) == 1 else t.contiguous()
+
+
+def gradient_beside(t: Tensor) -> Tensor:
+    """While Dynamo (torch 2.13) traces a backward, it knows no strides of gradients."""
+    return t.contiguous() if torch.compiler.is_compiling() else beside(t)
 
 
 def new_heads(t: Tensor) -> Tensor:

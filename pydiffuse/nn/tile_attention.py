@@ -20,7 +20,8 @@ class TileAttention(nn.Module):
     """Self-attention that computes the tiles of a plan: qkv, QK norm, rotary positions, attention, output.
 
     x [B, S, dim] -> [B, S, dim]. Parameters go by timm's names: `qkv` (queries of all heads, then keys, then
-    values), `q_norm`, `k_norm`, `proj`; state dicts of timm's Attention fit where head counts are equal.
+    values), `q_norm`, `k_norm`, `proj`; state dicts of timm's Attention fit where head counts are equal, biases
+    are alike (timm's qkv has none by default) and norms are RMS norms.
 
     dim: features of x. heads: query heads. plan: this layer's TilePlan; `forward` takes another one for a
     call, for another length, say. kv_heads: key and value heads, a divisor of heads (grouped queries); heads
@@ -102,12 +103,13 @@ class TileAttention(nn.Module):
 
     def forward(self, x: Tensor, plan: TilePlan | None = None, rotary: Rotary | None = None) -> Tensor:
         """x: [B, S, dim]. plan: instead of the layer's own. rotary: (cos, sin) of the angles of tokens, each
-        [S, head_dim] or [B, S, head_dim], or half as wide, one for each pair of features that turn together.
+        [S, head_dim] or [B, S, head_dim] ([B, S, 1, head_dim] as Wan has them), or half as wide, one for each pair
+        of features that turn together.
 
         Tokens and positions stand in x's order, also where the plan has an order of its own.
         """
-        if x.dim() != 3 or x.shape[-1] != self.dim:
-            raise ValueError(f"TileAttention: x is {tuple(x.shape)}; accepted: (B, S, {self.dim})")
+        if not isinstance(x, Tensor) or x.dim() != 3 or x.shape[-1] != self.dim:
+            raise ValueError(f"TileAttention: x is {describe(x)}; accepted: (B, S, {self.dim})")
         plan = self.plan if plan is None else plan
         if plan is None:
             raise ValueError(
@@ -133,6 +135,8 @@ class TileAttention(nn.Module):
         D = self.head_dim
         wide = []
         for name, t in zip(("cos", "sin"), rotary, strict=True):
+            if isinstance(t, Tensor) and t.dim() == 4 and t.shape[2] == 1:
+                t = t[:, :, 0]
             fits = isinstance(t, Tensor) and t.is_floating_point() and t.dim() in (2, 3)
             if not fits or t.shape[-1] not in (D, D // 2) or t.shape[:-1] not in ((S,), (1, S), (B, S)):
                 raise ValueError(
