@@ -38,6 +38,18 @@ def narrow(y, dtype: tl.constexpr):
     return y.to(dtype)
 
 
+compiled_for: int | None = None
+"""The compute capability, 80 for 8.0, that kernels are compiled for without a GPU."""
+
+
+def capability(like: Tensor) -> int:
+    """What decides launch parameters."""
+    if compiled_for is None and like.is_cuda:
+        major, minor = torch.cuda.get_device_capability(like.device)
+        return 10 * major + minor
+    return compiled_for or 90
+
+
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
@@ -99,6 +111,7 @@ class Launch(NamedTuple):
     args: tuple[Any, ...]
     constants: dict[str, Any]
     warps: int
+    stages: int = 3  # of loads under way in a loop, where products are pipelined
 
     def case(self, name: str) -> Case:
         """The variant of the kernel that this launch would run."""
@@ -121,10 +134,16 @@ class Launch(NamedTuple):
                 signature[argument] = "constexpr"
             else:
                 signature[argument] = type_of(self.args[i], i)
-        return name, self.kernel, signature, constexprs, {"num_warps": self.warps}
+        return (
+            name,
+            self.kernel,
+            signature,
+            constexprs,
+            {"num_warps": self.warps, "num_stages": self.stages},
+        )
 
 
 def run(launches: Sequence[Launch], like: Tensor) -> None:
     with torch.cuda.device(like.device) if like.is_cuda else nullcontext():
-        for kernel, programs, args, constants, warps in launches:
-            kernel[(programs,)](*args, **constants, num_warps=warps)
+        for kernel, programs, args, constants, warps, stages in launches:
+            kernel[(programs,)](*args, **constants, num_warps=warps, num_stages=stages)

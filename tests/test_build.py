@@ -78,9 +78,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 binaries = Path(triton.__file__).parent / "backends/nvidia/bin"
+from pydiffuse.kernels import common
 rows = []
-for name, kernel, signature, constexprs, options in importlib.import_module(sys.argv[1]).compile_cases():
-    for capability in (80, 90, 100):
+for capability in (80, 90, 100):
+    common.compiled_for = capability
+    cases = importlib.import_module(sys.argv[1]).compile_cases()
+    for name, kernel, signature, constexprs, options in cases:
         source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs)
         built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
         target = re.search(r"[.]target (sm_\\w+)", built.asm["ptx"])[1]

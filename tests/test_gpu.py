@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import pydiffuse
-from tests.cases import conv, scan
+from pydiffuse import plans
+from tests.cases import attention, conv, scan
 from tests.cases.guidance import CASES
 from tests.cases.scan import ScanMaker, Size
 from tests.helpers import arguments, leaves, run, values_and_gradients
@@ -109,3 +110,53 @@ def test_sanitize_scans(backend, case):
         for size in (Size(2, 21, 70, 5), Size(1, 66, 9, 40)):
             values_and_gradients(case, case.make(ScanMaker(size, device="cuda", layout=layout)), backend)
     torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", attention.CASES, ids=lambda case: case.name)
+def test_attention_in_a_graph(case, dtype):
+    (q, k, v, plan), kwargs = case.make(attention.Maker(attention.Size(2, 4, 2, 96), dtype, "cuda"))
+    plan.to("cuda")  # its tensors are copied once, before the capture
+    check_replay(case, ((q, k, v, plan), kwargs), "triton")
+
+
+@pytest.mark.parametrize("case", attention.CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("D", [40, 128])
+def test_sanitize_attention(case, D):
+    """Small cases of every kernel, forward and backward, for compute-sanitizer."""
+    given = case.make(attention.Maker(attention.Size(1, 4, 2, D), torch.bfloat16, "cuda"))
+    values_and_gradients(case, given, "triton", wants=lambda t: t.dim() == 4)
+    torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize("references", [4, 1])
+def test_attention_over_eight_frames(references):
+    """Efficient-vDiT's shape, 8 frames of 3,600 tokens, 24 heads of 96, against float64, a frame at a time."""
+    N, F, H, D = 8, 3600, 24, 96
+    plan = plans.frames(N, F, references)
+    q, k, v, dout = (torch.randn(1, H, N * F, D, device="cuda").bfloat16() for _ in range(4))
+    with pydiffuse.use_backend("triton"):
+        inputs = [t.requires_grad_() for t in (q, k, v)]
+        out, lse = pydiffuse.tile_attention(*inputs, plan, return_lse=True)
+        gradients = torch.autograd.grad(out, inputs, dout)
+    seen = {i * N // references for i in range(references)}
+    tokens = [slice(f * F, (f + 1) * F) for f in range(N)]
+    slopes = [torch.zeros(1, 2, N * F, D, dtype=torch.float64, device="cuda") for _ in range(3)]
+    heads = [0, H - 1]
+    q, k, v, dout = (t.detach()[:, heads].double() for t in (q, k, v, dout))
+    for f in range(N):
+        others = [g for g in range(N) if f == g or f in seen or g in seen]
+        keys = torch.cat([torch.arange(N * F, device="cuda")[tokens[g]] for g in others])
+        given = [t.requires_grad_() for t in (q[:, :, tokens[f]].clone(), k[:, :, keys], v[:, :, keys])]
+        scores = given[0] @ given[1].mT / D**0.5
+        expected = scores.softmax(-1) @ given[2]
+        error = (out[:, heads, tokens[f]].double() - expected).norm() / expected.norm()
+        assert error.item() <= attention.TOLERANCE[torch.bfloat16].value
+        assert (lse[:, heads, tokens[f]] - scores.logsumexp(-1)).abs().max().item() <= 1e-3
+        dq, dk, dv = torch.autograd.grad(expected, given, dout[:, :, tokens[f]])
+        slopes[0][:, :, tokens[f]] += dq
+        slopes[1][:, :, keys] += dk
+        slopes[2][:, :, keys] += dv
+    for ours, theirs in zip(gradients, slopes, strict=True):
+        error = (ours[:, heads].double() - theirs).norm() / theirs.norm()
+        assert error.item() <= attention.TOLERANCE[torch.bfloat16].grad

@@ -1,0 +1,342 @@
+"""The backward of tile attention in Triton: recomputed from q, k, v and lse.
+
+delta_kernel     delta = <dout, out> - dlse, of every query.
+dkv_kernel       a program per block of keys, key head and sample walks the spans of queries that see it,
+                 the heads of its group one after the other; scores stand transposed, [keys, queries].
+                 Where D is beyond 128, registers hold one of the two sums: two launches.
+dq_kernel        a program per block of queries, as in the forward.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pydiffuse.kernels.attention_tile import (
+    LOG2E,
+    Arguments,
+    across,
+    add_products,
+    block_of,
+    check_sides,
+    down,
+    head_at,
+    heads,
+    inner_products,
+    like,
+    mask_words,
+    read,
+    scaled,
+    side_of,
+    span_of,
+    spans_of,
+    tile_of,
+    tokens_of,
+    vector_of,
+    words_of,
+    write,
+    zeros,
+)
+from pydiffuse.kernels.common import INTERPRETED, Launch, cdiv, inner
+
+
+@triton.jit
+def delta_kernel(
+    delta,  # [B, H, S] float32
+    dlse,  # [B, H, S] float32, or None
+    dout,  # [B, H, S, D] and its strides, as out
+    out,
+    heads,
+    S,
+    blocks,  # of a head
+    D: tl.constexpr,
+    WIDEST: tl.constexpr,
+    ROWS: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    program = tl.program_id(0).to(tl.int64)
+    head, first = program // blocks, program % blocks * ROWS
+    b, h = head // heads, head % heads
+    token = first + tl.arange(0, ROWS)
+    live = token < S
+    slope = read(head_at(dout, b, h, VECTOR), dout, token, live, D, WIDEST, VECTOR)
+    value = read(head_at(out, b, h, VECTOR), out, token, live, D, WIDEST, VECTOR)
+    total = tl.zeros([ROWS], tl.float32)
+    for i in tl.static_range(len(slope)):
+        total += tl.sum(slope[i].to(tl.float32) * value[i].to(tl.float32), 1)
+    at = head * S + token
+    if dlse is not None:
+        total -= tl.load(dlse + at, mask=live, other=0.0)
+    tl.store(delta + at, total, mask=live)
+
+
+@inner
+def base_of(lse):
+    # In base 2. Of a row that sees nothing, inf: its probabilities are 0.
+    return tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
+
+
+@inner
+def weights_of(s, lse, keep, factor):
+    # The probabilities again. lse: of base_of, broadcast over the other side.
+    p = tl.exp2(s * factor - lse)
+    if keep is not None:
+        p = tl.where(keep, p, 0.0)
+    return p
+
+
+@inner
+def add_to_keys(
+    sums, own, q, q_at, dout, dout_at, lse, delta, tokens, live, keep, factor, weight,
+    D: tl.constexpr, WIDEST: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    # One step of queries. Of one past its span p is 2^-inf.
+    dk, dv = sums
+    k_rows, v_rows = own
+    other = None if live is None else float("inf")
+    lse_row = base_of(tl.load(lse + tokens, mask=live, other=other))
+    delta_row = tl.load(delta + tokens, mask=live, other=None if live is None else 0.0)
+    rows = read(q_at, q, tokens, live, D, WIDEST, VECTOR)
+    s = inner_products(k_rows, rows, D, WIDEST)
+    out_rows = read(dout_at, dout, tokens, live, D, WIDEST, VECTOR)
+    p = weights_of(s, lse_row[None, :], keep, factor)
+    if v_rows is not None:
+        dp = inner_products(v_rows, out_rows, D, WIDEST)
+        ds = p * (dp - delta_row[None, :])
+        if weight is not None:
+            ds *= weight
+        dk = add_products(dk, like(ds, q), rows, D, WIDEST)
+    if dv is not None:
+        dv = add_products(dv, like(p, dout), out_rows, D, WIDEST)
+    return dk, dv
+
+
+@triton.jit
+def dkv_kernel(
+    dk,  # [B, Hk, Sk, D] and its strides, as dv, k, v; or None: another launch writes it
+    dv,
+    dout,  # [B, H, S, D], as q
+    lse,  # [B, H, S] float32, as delta
+    delta,
+    q,
+    k,
+    v,
+    scales,  # [H] float32, or None: all are `scale`
+    scale,
+    sizes,  # B, Hk, H / Hk, 1 for a plan per head or 0, S
+    side,  # the plan from the keys' side
+    masks,
+    order,
+    D: tl.constexpr,
+    WIDEST: tl.constexpr,
+    ROWS: tl.constexpr,
+    STEP: tl.constexpr,
+    PARTS: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    B, Hk, group, head_plans, S = sizes
+    b, hk, tile, first, last = block_of(side, B, Hk, group * head_plans, ROWS, PARTS)
+    if PARTS > 1:
+        if first >= last:
+            return
+    position = first + tl.arange(0, ROWS)
+    inside = position < last
+    token = tokens_of(order, position, inside)
+    k_rows = read(head_at(k, b, hk, VECTOR), k, token, inside, D, WIDEST, VECTOR)
+    v_rows, dk_sums, dv_sums = None, None, None
+    if dk is not None:
+        v_rows = read(head_at(v, b, hk, VECTOR), v, token, inside, D, WIDEST, VECTOR)
+        dk_sums = zeros(ROWS, D, WIDEST)
+    if dv is not None:
+        dv_sums = zeros(ROWS, D, WIDEST)
+    own, sums = (k_rows, v_rows), (dk_sums, dv_sums)
+    tile_begin, tile_end = tl.load(side[0] + tile), tl.load(side[0] + tile + 1)
+    word = (first - tile_begin) // 32 + tl.arange(0, ROWS // 32)
+    per_row = (tile_end - tile_begin + 31) // 32
+    lane = tl.arange(0, STEP)
+    for h in range(hk * group, (hk + 1) * group):
+        if scales is None:
+            weight, factor = None, scale * LOG2E
+        else:
+            weight = tl.load(scales + h)
+            factor = weight * LOG2E
+        q_at, dout_at = head_at(q, b, h, VECTOR), head_at(dout, b, h, VECTOR)
+        row = (b * Hk * group + h) * S
+        start, stop = spans_of(side, h * head_plans, tile)
+        for span in range(start, stop):
+            begin, whole, end, mask = span_of(side, span, STEP)
+            for at in range(begin, whole, STEP):
+                queries = tokens_of(order, at + lane, None)
+                sums = add_to_keys(
+                    sums, own, q, q_at, dout, dout_at, lse + row, delta + row, queries, None, None, factor,
+                    weight, D, WIDEST, VECTOR,
+                )  # fmt: skip
+            if masks is not None:
+                words = mask_words(masks, mask)
+            for at in range(whole, end, STEP):
+                live = at + lane < end
+                keep = None
+                if masks is not None:
+                    query = at - begin + lane
+                    keep = down(
+                        words_of(words, mask, query[None, :], word[:, None], per_row, live[None, :])
+                    )
+                queries = tokens_of(order, at + lane, live)
+                sums = add_to_keys(
+                    sums, own, q, q_at, dout, dout_at, lse + row, delta + row, queries, live, keep, factor,
+                    weight, D, WIDEST, VECTOR,
+                )  # fmt: skip
+    dk_sums, dv_sums = sums
+    if dk is not None:
+        if scales is None:
+            dk_sums = scaled(dk_sums, scale, D, WIDEST)
+        write(head_at(dk, b, hk, VECTOR), dk, token, inside, dk_sums, D, WIDEST, VECTOR)
+    if dv is not None:
+        write(head_at(dv, b, hk, VECTOR), dv, token, inside, dv_sums, D, WIDEST, VECTOR)
+
+
+@inner
+def add_to_queries(
+    sums, own, k, k_at, v, v_at, lse, delta, tokens, live, keep, factor,
+    D: tl.constexpr, WIDEST: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    q_rows, out_rows = own
+    rows = read(k_at, k, tokens, live, D, WIDEST, VECTOR)
+    s = inner_products(q_rows, rows, D, WIDEST)
+    v_rows = read(v_at, v, tokens, live, D, WIDEST, VECTOR)
+    dp = inner_products(out_rows, v_rows, D, WIDEST)
+    ds = weights_of(s, lse[:, None], keep, factor) * (dp - delta[:, None])
+    return add_products(sums, like(ds, k), rows, D, WIDEST)
+
+
+@triton.jit
+def dq_kernel(
+    dq,  # [B, H, S, D] and its strides, as dout, q
+    dout,
+    lse,  # [B, H, S] float32, as delta
+    delta,
+    q,
+    k,  # [B, Hk, Sk, D], as v
+    v,
+    scales,  # [H] float32, or None: all are `scale`
+    scale,
+    sizes,  # B, H, H / Hk, 1 for a plan per head or 0, S
+    side,  # the plan from the queries' side
+    masks,
+    order,
+    D: tl.constexpr,
+    WIDEST: tl.constexpr,
+    ROWS: tl.constexpr,
+    STEP: tl.constexpr,
+    PARTS: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    B, H, group, head_plans, S = sizes
+    b, h, tile, first, last = block_of(side, B, H, head_plans, ROWS, PARTS)
+    if PARTS > 1:
+        if first >= last:
+            return
+    position = first + tl.arange(0, ROWS)
+    inside = position < last
+    token = tokens_of(order, position, inside)
+    own = (
+        read(head_at(q, b, h, VECTOR), q, token, inside, D, WIDEST, VECTOR),
+        read(head_at(dout, b, h, VECTOR), dout, token, inside, D, WIDEST, VECTOR),
+    )
+    query = (b * H + h) * S + token
+    lse_row = base_of(tl.load(lse + query, mask=inside, other=0.0))
+    delta_row = tl.load(delta + query, mask=inside, other=0.0)
+    if scales is not None:
+        scale = tl.load(scales + h)
+    factor = scale * LOG2E
+    k_at, v_at = head_at(k, b, h // group, VECTOR), head_at(v, b, h // group, VECTOR)
+    row = position - tl.load(side[0] + tile)
+    sums = zeros(ROWS, D, WIDEST)
+    lane = tl.arange(0, STEP)
+    start, stop = spans_of(side, h * head_plans, tile)
+    for span in range(start, stop):
+        begin, whole, end, mask = span_of(side, span, STEP)
+        for at in range(begin, whole, STEP):
+            keys = tokens_of(order, at + lane, None)
+            sums = add_to_queries(
+                sums,
+                own,
+                k,
+                k_at,
+                v,
+                v_at,
+                lse_row,
+                delta_row,
+                keys,
+                None,
+                None,
+                factor,
+                D,
+                WIDEST,
+                VECTOR,
+            )
+        if masks is not None:
+            words = mask_words(masks, mask)
+        for at in range(whole, end, STEP):
+            live = at + lane < end
+            keep = live[None, :]
+            if masks is not None:
+                word = (at - begin) // 32 + tl.arange(0, STEP // 32)
+                per_row = (end - begin + 31) // 32
+                keep &= across(
+                    words_of(words, mask, row[:, None], word[None, :], per_row, inside[:, None])
+                )
+            keys = tokens_of(order, at + lane, live)
+            sums = add_to_queries(
+                sums,
+                own,
+                k,
+                k_at,
+                v,
+                v_at,
+                lse_row,
+                delta_row,
+                keys,
+                live,
+                keep,
+                factor,
+                D,
+                WIDEST,
+                VECTOR,
+            )
+    write(head_at(dq, b, h, VECTOR), dq, token, inside, scaled(sums, scale, D, WIDEST), D, WIDEST, VECTOR)
+
+
+def backward_launches(
+    dq: Tensor, dk: Tensor, dv: Tensor, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, a: Arguments
+) -> list[Launch]:  # fmt: skip
+    B, H, S, D = a.q.shape
+    Hk = a.k.shape[1]
+    check_sides("tile_attention_backward", (dq, dk, dv, dout, out, a.q, a.k, a.v), (dlse, lse))
+    vector = vector_of((dq, dk, dv, dout, out, a.q, a.k, a.v))
+    per_head = int(a.by_q.blocks.shape[0] > 1)
+    delta = torch.empty_like(lse)
+    rows = 256 if INTERPRETED else 32
+    blocks = cdiv(S, rows)
+    launches = [
+        Launch(
+            delta_kernel, B * H * blocks, (delta, dlse, heads(dout), heads(out), H, S, blocks),
+            {"D": D, "WIDEST": 256, "ROWS": rows, "VECTOR": vector}, 4,
+        )
+    ]  # fmt: skip
+    inputs = (heads(dout), lse, delta, heads(a.q), heads(a.k), heads(a.v), a.scales, a.scale)
+    both = heads(dk), heads(dv)
+    sums = {"dkv": both} if D <= 128 else {"dk": (both[0], None), "dv": (None, both[1])}
+    for kernel, name, grads, side, owners in (
+        *((dkv_kernel, name, grads, a.by_k, Hk) for name, grads in sums.items()),
+        (dq_kernel, "dq", (heads(dq),), a.by_q, H),
+    ):
+        tile = tile_of(name, a)
+        sizes = (B, owners, H // Hk, per_head, S)
+        args = (*grads, *inputs, sizes, side_of(side), a.masks, a.plan.order)
+        constants = tile.constants(D, vector)
+        programs = side.blocks.shape[1] * constants["PARTS"] * B * owners
+        launches.append(Launch(kernel, programs, args, constants, tile.warps, tile.stages))
+    return launches
