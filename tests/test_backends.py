@@ -145,6 +145,7 @@ LOWER = {  # test files, and which of their tests run the kernels of another ins
     "guidance adaln routing": "cpu and (values or low_precision or extreme or nan)",
     "patch": "cpu and (values or low_precision)",
     "scan": "cpu and (chunks or states or extreme or mixed)",
+    "attention attention_cpu": "(cpu and (values or low_precision or layouts or nothing)) or saturated or nan_stays",
 }
 
 

@@ -115,7 +115,7 @@ STEMS = sorted(
 def triton_builds(tmp_path_factory):
     """Every stem compiled, as many at a time as there are cores; the longest first."""
     cache = tmp_path_factory.mktemp("triton")
-    order = sorted(STEMS, key=lambda stem: stem not in ("scan", "guidance"))
+    order = sorted(STEMS, key=lambda stem: stem not in ("attention", "scan", "guidance"))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         yield {stem: pool.submit(compile_triton, stem, cache) for stem in order}
 
