@@ -84,6 +84,11 @@ def test_local():
     assert len(few.rows.bits) <= 8, "tiles share their masks"
 
 
+def test_causal():
+    check_sense(plans.causal(21, 8), torch.ones(21, 21, dtype=torch.bool).tril())
+    assert plans.causal(300) is plans.local(300, 300, causal=True) is plans.causal(300, tile=128)
+
+
 @pytest.mark.parametrize("axes", [1, 2, 3])
 def test_sliding_tile(axes):
     for draw in draws("sliding", 15):
@@ -263,6 +268,16 @@ def test_from_block_mask(rule, heads):
     assert np.diff(plan.q_bounds).tolist() == [32] * 6 + [8]
     again = create_block_mask(rule, 2, heads, 200, 200, device="cpu", BLOCK_SIZE=(32, 64))
     assert plans.from_block_mask(again) is plan, "samples with one mask share its plan"
+
+
+def test_from_block_mask_of_whole_blocks():
+    def rule(b, h, q, k):
+        return q // 16 >= k // 16
+
+    block_mask = create_block_mask(rule, None, None, 48, 48, device="cpu", BLOCK_SIZE=16)
+    plan = plans.from_block_mask(block_mask)
+    check_sense(plan, dense_of(lambda i, j: i // 16 >= j // 16, 48))
+    assert not plan.rows.bits
 
 
 def test_from_block_mask_looks_at_partial_blocks_only():

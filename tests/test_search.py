@@ -190,6 +190,27 @@ def test_measured(monkeypatch):
     assert "2000.00" in str(heads) and "4.00x" in str(heads)
 
 
+def test_heads_together_slower_than_dense(monkeypatch):
+    """Each head's plan is faster than dense by itself, both in one plan are not."""
+    import importlib
+
+    module = importlib.import_module("pydiffuse.plans.search")
+    whole = plans.dense(32)
+    cost = {whole: 8.0, CANDIDATES[1]: 4.0, CANDIDATES[3]: 5.0}
+    monkeypatch.setattr(module._Search, "_cost", lambda self, plan, layer: cost.get(plan, together))
+    a, b = layer_for(CANDIDATES[1]), layer_for(CANDIDATES[3])
+    mixed = tuple(torch.cat([x[:, :1], y[:, :1]], 1) for x, y in zip(a, b, strict=True))
+    for together, expected in (
+        (7.0, plans.per_head([CANDIDATES[1], CANDIDATES[3]])),
+        (9.0, whole),
+    ):
+        some = [CANDIDATES[1], CANDIDATES[3]]
+        found = plans.search([mixed], some, 0.005, per_head=True, measure=True).layers[0]
+        assert found.plan is expected
+        assert (found.seconds, found.dense_seconds) == (min(together, 8.0), 8.0)
+        assert (found.error == 0) == (expected is whole)
+
+
 def test_real_clock():
     layer = layer_for(CANDIDATES[1])
     found = plans.search([layer], CANDIDATES, 10.0, measure=True).layers[0]
@@ -229,7 +250,38 @@ def test_table_and_files(tmp_path):
     refused(["version 7", "reads 1"], json.dumps({**content, "version": 7}))
     refused(["holds no result"], json.dumps({**content, "plans": []}))
     refused(["holds no result"], json.dumps({**content, "layers": [{}]}))
-    refused(["holds no result"], json.dumps({**content, "threshold": None}))
+    for threshold in ("0.1", -1, True):
+        refused(["threshold is"], json.dumps({**content, "threshold": threshold}))
+    refused(["layers is empty"], json.dumps({**content, "layers": []}))
+
+    def changed(**values):
+        return json.dumps({**content, "layers": [{**content["layers"][0], **values}]})
+
+    for plan in (-1, len(content["plans"]), True, 0.0, None):
+        refused(["plan is", "an int, 0 to"], changed(plan=plan))
+    for seconds in ("x", -1.0, True, [1]):
+        refused(["seconds is"], changed(seconds=seconds))
+        refused(["dense_seconds is"], changed(dense_seconds=seconds))
+    refused(["error is"], changed(error="0.1"))
+    refused(["error is"], changed(rejected=[["name", "x"]]))
+    refused(["not JSON", "Infinity"], json.dumps({**content, "threshold": float("inf")}))
+    refused(["not JSON"], "[" * 100_000)
+
+
+def test_infinite_errors_are_saved(tmp_path):
+    layer = layer_for(CANDIDATES[1])
+    zero = layer[0], layer[1], torch.zeros_like(layer[2])
+    found = plans.search([zero], CANDIDATES, 0.1, metric=lambda out, exact: float("inf"))
+    assert found.layers[0].rejected[0][1] == float("inf")
+    everything = plans.search([layer], CANDIDATES, float("inf"))
+    for result in (found, everything):
+        result.save(tmp_path / "plans.json")
+
+        def refuse(name):
+            raise AssertionError(f"{name} is no JSON")
+
+        json.loads((tmp_path / "plans.json").read_text(), parse_constant=refuse)
+        assert SearchResult.load(tmp_path / "plans.json") == result
 
 
 def test_bad_input():
@@ -250,6 +302,8 @@ def test_bad_input():
         (lambda: plans.search([layer], CANDIDATES, 0.1, measure=None), TypeError, ["measure is None"]),
         (lambda: plans.search([], CANDIDATES, 0.1), ValueError, ["search: layers is empty"]),
         (lambda: plans.search([q], CANDIDATES, 0.1), TypeError, ["search: layer 0 is", "(q, k, v)"]),
+        (lambda: plans.search([layer, None], CANDIDATES, 0.1), TypeError, ["layer 1 is a NoneType"]),
+        (lambda: plans.search([None], CANDIDATES, 0.1), TypeError, ["search: layer 0 is a NoneType"]),
         (lambda: plans.search([layer, (q, k)], CANDIDATES, 0.1), TypeError, ["search: layer 1"]),
         (lambda: plans.search([(q, k, v[0])], CANDIDATES, 0.1), ValueError, ["search: layer 0", "v is"]),
         (

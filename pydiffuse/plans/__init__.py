@@ -9,6 +9,7 @@ Closed forms, none of which looks at all pairs of tokens:
     sliding_tile  windows of whole tiles over an image or a video (Sliding Tile Attention)
     block_causal  blocks that see the blocks before them (Efficient-DLM, Diffusion Forcing)
     local         tokens that see their neighbours
+    causal        tokens that see those before them, and themselves
     groups        several sequences in one
     joint         modalities that see each other, within a window of time where they share a clock (JAM-Flow)
     dense         all
@@ -21,7 +22,7 @@ make the plan outside of the compiled function.
 from pydiffuse.plans.combine import per_head, union
 from pydiffuse.plans.joint import joint
 from pydiffuse.plans.masks import from_block_mask, from_mask
-from pydiffuse.plans.patterns import block_causal, dense, frames, groups, local
+from pydiffuse.plans.patterns import block_causal, causal, dense, frames, groups, local
 from pydiffuse.plans.plan import TilePlan
 from pydiffuse.plans.results import LayerChoice, SearchResult
 from pydiffuse.plans.search import search
@@ -32,6 +33,7 @@ __all__ = [
     "SearchResult",
     "TilePlan",
     "block_causal",
+    "causal",
     "dense",
     "frames",
     "from_block_mask",

@@ -7,7 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
+
+MAX_TILES = 2**27
+"""Kept tiles of a plan: some GB of memory while it is made."""
 
 
 def count(op: str, argument: str, value: Any, least: int = 1, most: int | None = None) -> int:
@@ -22,10 +26,22 @@ def count(op: str, argument: str, value: Any, least: int = 1, most: int | None =
     return number
 
 
+def check_eager(op: str) -> None:
+    """Dynamo would trace how a plan is made, and keep nothing of it."""
+    if torch.compiler.is_dynamo_compiling():
+        raise RuntimeError(f"{op}: make the plan outside of the compiled function")
+
+
 def check_tokens(op: str, tokens: int) -> None:
     """Before arrays of that length are made. Kernels number tokens in 32 bits."""
     if tokens >= 2**31:
         raise ValueError(f"{op}: {tokens} tokens; accepted: below 2^31")
+
+
+def check_tiles(op: str, tiles: int, remedy: str) -> None:
+    """Before arrays of that length are made."""
+    if tiles > MAX_TILES:
+        raise ValueError(f"{op}: the plan would keep {tiles} tiles; accepted: up to 2^27; {remedy}")
 
 
 def counts(

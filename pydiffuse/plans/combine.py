@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from pydiffuse.checks import describe
+from pydiffuse.plans.arguments import check_eager
 from pydiffuse.plans.plan import TilePlan, make_plan
 from pydiffuse.plans.rows import FULL, Entries, entries_of, recut, tiles_of
 
@@ -19,6 +20,7 @@ def per_head(plans: Sequence[TilePlan]) -> TilePlan:
     Tiles are cut at the boundaries of all the plans: patterns over the same frames or cubes go together best.
     Plans with an order go with plans of the same order, and with those that keep everything.
     """
+    check_eager("per_head")
     given = _plans("per_head", plans)
     for h, plan in enumerate(given):
         if plan.heads != 1:
@@ -41,6 +43,7 @@ def union(plans: Sequence[TilePlan]) -> TilePlan:
 
     Tiles are cut at the boundaries of all the plans. Plans for one head and for several go together.
     """
+    check_eager("union")
     given = tuple(dict.fromkeys(_plans("union", plans)))
     heads = {plan.heads for plan in given if plan.heads > 1}
     if len(heads) > 1:
@@ -115,7 +118,7 @@ def keeps_all(plan: TilePlan) -> bool:
 def order_of(op: str, plans: Iterable[TilePlan]) -> np.ndarray | None:
     """The order that the plans have in common; one that keeps everything goes along with any."""
     orders = [
-        np.arange(plan.q_length) if plan.order is None else plan.order.cpu().numpy()
+        np.arange(plan.q_length) if (order := plan.places()) is None else order
         for plan in plans
         if not keeps_all(plan)
     ]

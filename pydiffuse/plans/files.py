@@ -12,7 +12,7 @@ from __future__ import annotations
 import base64
 import json
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,6 +34,9 @@ FORMS: dict[str, Callable[..., TilePlan]] = {
 }
 """Constructors whose arguments, the plan's parameters, say all."""
 
+DAMAGED = (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
+"""What reading raises where a file is not what was written."""
+
 
 class Arrays(NamedTuple):
     """What there is to a plan that is no closed form."""
@@ -48,17 +51,20 @@ def arrays_of(plan: TilePlan) -> Arrays | None:
     """None for a closed form."""
     if plan.name in FORMS:
         return None
-    order = None if plan.order is None else plan.order.cpu().numpy()
-    return Arrays(plan.q_bounds, plan.k_bounds, plan.rows, order)
+    return Arrays(plan.q_bounds, plan.k_bounds, plan.rows, plan.places())
 
 
 def rebuild(name: str, parameters: tuple[tuple[str, Any], ...], arrays: Arrays | None) -> TilePlan:
     if arrays is None:
         return FORMS[name](**dict(parameters))
     lengths = np.diff(arrays.q_bounds), np.diff(arrays.k_bounds)
-    if [key for key, _ in parameters] == ["digest"]:
+    if _has_digest(parameters):
         return given_plan(name, *lengths, arrays.rows, arrays.order)
     return make_plan(name, parameters, *lengths, arrays.rows, arrays.order)
+
+
+def _has_digest(parameters: Iterable[tuple[str, Any]]) -> bool:
+    return [key for key, _ in parameters] == ["digest"]
 
 
 def restore(
@@ -76,19 +82,20 @@ def load_plan(path: str | PathLike[str]) -> TilePlan:
     content = read(path, FORMAT, VERSION)
     try:
         return from_json(content["plan"])
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
+    except DAMAGED as error:
         raise ValueError(f"TilePlan.load: {path} holds no plan: {error}") from error
 
 
 def write(path: str | PathLike[str], format: str, version: int, content: dict[str, Any]) -> None:
-    text = json.dumps({"format": format, "version": version, **content}, indent=1)
+    given = {"format": format, "version": version, **content}
+    text = json.dumps(given, indent=1, allow_nan=False)
     Path(path).write_text(text + "\n")
 
 
 def read(path: str | PathLike[str], format: str, version: int) -> dict[str, Any]:
     try:
-        content = json.loads(Path(path).read_text())
-    except ValueError as error:
+        content = json.loads(Path(path).read_text(), parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}; accepted: a file of {format}") from error
     given = content.get("format") if isinstance(content, dict) else None
     if given != format:
@@ -100,12 +107,21 @@ def read(path: str | PathLike[str], format: str, version: int) -> dict[str, Any]
     return content
 
 
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"it has {name}")
+
+
 def to_json(plan: TilePlan) -> dict[str, Any]:
     if TRANSPOSED in plan.parameters:
         return {"transposed": to_json(plan.transpose())}
     found: dict[str, Any] = {"name": plan.name, "parameters": _plain(dict(plan.parameters))}
     arrays = arrays_of(plan)
     if arrays is not None:
+        if not _has_digest(plan.parameters):
+            raise ValueError(
+                f"{plan!r} is neither a closed form nor known by its tiles; accepted in a file: closed forms"
+                f" ({', '.join(sorted(FORMS))}) and plans from masks"
+            )
         rows = arrays.rows
         found["arrays"] = {
             "q_bounds": _packed(arrays.q_bounds),
@@ -122,7 +138,7 @@ def to_json(plan: TilePlan) -> dict[str, Any]:
 
 
 def from_json(given: dict[str, Any]) -> TilePlan:
-    """ValueError, KeyError or TypeError where `given` is not what `to_json` makes."""
+    """One of DAMAGED where `given` is not what `to_json` makes."""
     if "transposed" in given:
         return from_json(given["transposed"]).transpose()
     name, parameters = given["name"], {k: _values(v) for k, v in given["parameters"].items()}
@@ -130,6 +146,12 @@ def from_json(given: dict[str, Any]) -> TilePlan:
         if name not in FORMS:
             raise ValueError(f"a plan named {name!r}; this pydiffuse knows {', '.join(sorted(FORMS))}")
         return FORMS[name](**parameters)
+    # A plan is equal to others of its name and parameters: those must say, or be made of, its tiles.
+    if name in FORMS or not _has_digest(parameters.items()):
+        raise ValueError(
+            f"a plan {name!r} of {', '.join(parameters) or 'no parameters'} with arrays; accepted with them: a"
+            " digest, and a name that is no closed form's"
+        )
     plan = rebuild(name, tuple(parameters.items()), _arrays(given["arrays"]))
     if dict(plan.parameters) != parameters:
         raise ValueError(

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from pydiffuse.plans.arguments import count
+from pydiffuse.plans.arguments import check_eager, check_tiles, check_tokens, count
 from pydiffuse.plans.combine import entries_over, for_heads, joined
 from pydiffuse.plans.plan import TilePlan, make_plan
-from pydiffuse.plans.rows import FULL, Entries, tiles_of
+from pydiffuse.plans.rows import FULL, Entries, ranges, tiles_of
 
 OP = "joint"
+FEWER = "fewer steps or larger tiles of the modalities keep fewer"
 
 
 class Modality(NamedTuple):
@@ -49,11 +50,16 @@ def joint(
 
     A modality's plan may have an order, but then no clock.
     """
+    check_eager(OP)
     names, plans = _modalities(modalities)
+    check_tokens(OP, sum(map(_length, plans.values())))
     others = _sees(sees, names)
     windows = _local(local, names, plans, others)
     if windows:
-        steps = count(OP, "steps", steps)
+        steps = most = count(OP, "steps", steps)
+        check_tiles(OP, steps, FEWER)
+        # A window of more than all steps is all of them: equal plans, numbers that fit.
+        windows = tuple((a, b, min(window, most)) for a, b, window in windows)
     elif steps is not None:
         raise ValueError(f"{OP}: steps is {steps!r} and local is empty; accepted: both or none")
     for name in {name for pair in windows for name in pair[:2]}:
@@ -110,11 +116,14 @@ def _block(a: Modality, b: Modality, window: int | None, steps: int | None, head
     """What a's queries see of b's keys, tiles numbered from the first of each."""
     if a is b and a.plan is not None:
         return for_heads(entries_over(a.plan, a.q_bounds, a.k_bounds), a.plan.heads, heads)
-    keep = np.ones((len(a.q_bounds) - 1, len(b.k_bounds) - 1), bool)
+    first = np.zeros(len(a.q_bounds) - 1, np.int64)
+    end = first + len(b.k_bounds) - 1
     if window is not None and steps is not None:
         of_q, of_k = (_step(bounds, steps) for bounds in (a.q_bounds, b.k_bounds))
-        keep = np.abs(of_q[:, None] - of_k) <= window
-    tile_q, tile_k = np.nonzero(keep)
+        first = np.searchsorted(of_k, of_q - window)
+        end = np.searchsorted(of_k, of_q + window, side="right")
+    check_tiles(OP, int((end - first).sum()) * heads, FEWER)
+    tile_k, tile_q = ranges(first, end - first)
     zeros = np.zeros(len(tile_q), np.int64)
     return for_heads(Entries(zeros, tile_q, tile_k, zeros + FULL), 1, heads)
 
@@ -133,8 +142,8 @@ def _order(plans: tuple[tuple[str, int | TilePlan], ...]) -> np.ndarray | None:
         return None
     orders, first = [], 0
     for _, plan in plans:
-        given = None if isinstance(plan, int) else plan.order
-        orders.append(first + (np.arange(_length(plan)) if given is None else given.cpu().numpy()))
+        given = None if isinstance(plan, int) else plan.places()
+        orders.append(first + (np.arange(_length(plan)) if given is None else given))
         first += _length(plan)
     return np.concatenate(orders)
 
@@ -187,12 +196,14 @@ def _local(
     given: Any, names: tuple[str, ...], plans: Mapping[str, int | TilePlan], sees: Pairs
 ) -> Windows:
     """Each pair once, as its names come up in `modalities`, with its window."""
-    triples: Iterable[Any] = given or ()
+    pairs: Any = given or ()
     if isinstance(given, Mapping):
-        triples = [(*key, w) if isinstance(key, tuple) else (key, w) for key, w in given.items()]
+        pairs = [(*key, w) if isinstance(key, tuple) else (key, w) for key, w in given.items()]
+    triples = pairs if isinstance(pairs, Sequence) else [pairs]
     seen, found = dict(sees), {}
     for triple in triples:
-        if len(triple) != 3 or not {*triple[:2]} <= set(names):
+        fits = isinstance(triple, Sequence) and len(triple) == 3
+        if not fits or not all(name in names for name in triple[:2]):
             raise ValueError(
                 f"{OP}: local is {given!r}; accepted: by pair of names a window in steps, names being"
                 f" {', '.join(names)}"

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from pydiffuse.checks import describe
-from pydiffuse.plans.arguments import count, counts
+from pydiffuse.plans.arguments import check_eager, count, counts
 from pydiffuse.plans.plan import TilePlan, given_plan
 from pydiffuse.plans.rows import FULL, Entries, Tiles, row_starts, tiles_of
+from pydiffuse.plans.tensors import real_tensors
 
 CHUNK = 2**22
 """Elements of a mask_mod that are evaluated at once."""
@@ -28,7 +29,9 @@ def from_mask(
     mask: bool [queries, keys], or [H, queries, keys] for a plan per head. q_tiles, k_tiles: a tile's
     length, the last one may be shorter, or the length of every tile; k_tiles is q_tiles by default.
     """
-    array = mask.detach().cpu().numpy() if isinstance(mask, Tensor) else np.asarray(mask)
+    check_eager("from_mask")
+    with real_tensors():
+        array = mask.detach().cpu().numpy() if isinstance(mask, Tensor) else np.asarray(mask)
     if array.dtype != bool or array.ndim not in (2, 3) or 0 in array.shape:
         given = describe(mask) if isinstance(mask, Tensor) else f"{array.dtype} {array.shape}"
         raise ValueError(
@@ -84,6 +87,7 @@ def from_block_mask(block_mask: Any) -> TilePlan:
     a batch must have the same mask.
     """
     op = "from_block_mask"
+    check_eager(op)
     fields = ("kv_num_blocks", "kv_indices", "mask_mod", "BLOCK_SIZE", "seq_lengths")
     if not all(hasattr(block_mask, name) for name in fields):
         raise TypeError(
@@ -91,8 +95,9 @@ def from_block_mask(block_mask: Any) -> TilePlan:
             " torch.nn.attention.flex_attention"
         )
     batch, heads = block_mask.kv_indices.shape[:2]
-    blocks = _blocks(block_mask)
-    bits = _evaluated(block_mask, blocks)
+    with real_tensors():
+        blocks = _blocks(block_mask)
+        bits = _evaluated(block_mask, blocks)
     samples = []
     for b in range(batch):
         mine = blocks.batch == b
@@ -133,6 +138,8 @@ def _evaluated(block_mask: Any, blocks: Blocks) -> list[np.ndarray]:
 
     (q_size, k_size), (q_length, k_length) = block_mask.BLOCK_SIZE, block_mask.seq_lengths
     device, mod = block_mask.kv_indices.device, block_mask.mask_mod
+    if not blocks.partial.any():
+        return []
     tile_q, tile_k = (part[blocks.partial] for part in (blocks.tile_q, blocks.tile_k))
     columns = blocks.batch[blocks.partial], blocks.head[blocks.partial], tile_q, tile_k
     places = torch.from_numpy(np.stack(columns, 1).astype(np.int64)).to(device)

@@ -8,21 +8,31 @@ from collections.abc import Sequence
 import numpy as np
 
 from pydiffuse.checks import check_flag
-from pydiffuse.plans.arguments import check_tokens, count, counts
+from pydiffuse.plans.arguments import check_eager, check_tiles, check_tokens, count, counts
 from pydiffuse.plans.plan import TilePlan, make_plan
-from pydiffuse.plans.rows import FULL, Tiles, full_tiles, ranges, row_starts
+from pydiffuse.plans.rows import FULL, Tiles, ranges, row_starts
+
+BLOCKS = "larger blocks or a window keep fewer"
 
 
 def dense(length: int, k_length: int | None = None) -> TilePlan:
     """Every query sees every key: one tile."""
+    check_eager("dense")
     length = count("dense", "length", length)
-    return _dense(length, length if k_length is None else count("dense", "k_length", k_length))
+    k_length = length if k_length is None else count("dense", "k_length", k_length)
+    check_tokens("dense", max(length, k_length))
+    return _dense(length, k_length)
 
 
 @functools.lru_cache(maxsize=256)
 def _dense(length: int, k_length: int) -> TilePlan:
     parameters = [("length", length), ("k_length", k_length)]
-    return make_plan("dense", parameters, [length], [k_length], full_tiles(np.ones((1, 1, 1), bool)))
+    return make_plan("dense", parameters, [length], [k_length], _full_rows(np.ones(1, int), np.zeros(1)))
+
+
+def _full_rows(per_row: np.ndarray, tiles: np.ndarray) -> Tiles:
+    """per_row: int [T], the tiles of keys that each tile of queries keeps, whole, in `tiles` by row."""
+    return Tiles(row_starts(per_row[None]), tiles.astype(np.int32), np.full(len(tiles), FULL, np.int32))
 
 
 def frames(num_frames: int, tokens_per_frame: int, references: int, text: int = 0) -> TilePlan:
@@ -32,11 +42,15 @@ def frames(num_frames: int, tokens_per_frame: int, references: int, text: int = 
     `references` of the frames, spread evenly, are R = {floor(i num_frames / references)}. `text` tokens
     after the frames see and are seen by all.
     """
+    check_eager("frames")
     num_frames = count("frames", "num_frames", num_frames)
     tokens_per_frame = count("frames", "tokens_per_frame", tokens_per_frame)
     references = count("frames", "references", references, 0, num_frames)
     text = count("frames", "text", text, 0)
     check_tokens("frames", num_frames * tokens_per_frame + text)
+    by_all, tiles = references + (text > 0), num_frames + (text > 0)
+    kept = by_all * tiles + (tiles - by_all) * (by_all + 1)
+    check_tiles("frames", kept, "larger frames or fewer references keep fewer")
     return _frames(num_frames, tokens_per_frame, references, text)
 
 
@@ -46,13 +60,20 @@ def _frames(num_frames: int, tokens_per_frame: int, references: int, text: int) 
     seen = np.zeros(tiles, bool)
     seen[[i * num_frames // references for i in range(references)]] = True
     seen[num_frames:] = True
-    keep = seen[:, None] | seen[None] | np.eye(tiles, dtype=bool)
+    by_all, others = np.flatnonzero(seen), np.flatnonzero(~seen)
+    per_row = np.where(seen, tiles, len(by_all) + 1)
+    whole_row = np.repeat(seen, per_row)
+    kept = np.empty(per_row.sum(), np.int32)
+    kept[whole_row] = np.tile(np.arange(tiles, dtype=np.int32), len(by_all))
+    kept[~whole_row] = np.sort(
+        np.column_stack([np.broadcast_to(by_all, (len(others), len(by_all))), others]), 1
+    ).ravel()
     lengths = [tokens_per_frame] * num_frames + [text] * (text > 0)
     parameters = [
         ("num_frames", num_frames), ("tokens_per_frame", tokens_per_frame), ("references", references),
         ("text", text),
     ]  # fmt: skip
-    return make_plan("frames", parameters, lengths, lengths, full_tiles(keep[None]))
+    return make_plan("frames", parameters, lengths, lengths, _full_rows(per_row, kept))
 
 
 def groups(lengths: Sequence[int], k_lengths: Sequence[int] | None = None) -> TilePlan:
@@ -61,10 +82,12 @@ def groups(lengths: Sequence[int], k_lengths: Sequence[int] | None = None) -> Ti
     lengths: tokens of every group, images or sentences one after the other. k_lengths: keys of every group,
     where they are not the queries (text for each image); lengths by default. A group may be empty.
     """
+    check_eager("groups")
     given = counts("groups", "lengths", lengths, 0)
     k_given = given
     if k_lengths is not None:
         k_given = counts("groups", "k_lengths", k_lengths, 0, (len(given),))
+    check_tokens("groups", max(sum(given), sum(k_given)))
     return _groups(given, k_given)
 
 
@@ -72,10 +95,7 @@ def groups(lengths: Sequence[int], k_lengths: Sequence[int] | None = None) -> Ti
 def _groups(lengths: tuple[int, ...], k_lengths: tuple[int, ...]) -> TilePlan:
     q, k = np.array(lengths), np.array(k_lengths)
     both = (q > 0) & (k > 0)
-    tiles = (np.cumsum(k > 0) - 1)[both].astype(np.int32)
-    rows = Tiles(
-        row_starts(both[q > 0][None].astype(np.int64)), tiles, np.full(len(tiles), FULL, np.int32)
-    )
+    rows = _full_rows(both[q > 0].astype(np.int64), (np.cumsum(k > 0) - 1)[both])
     parameters = [("lengths", lengths), ("k_lengths", k_lengths)]
     return make_plan("groups", parameters, q[q > 0], k[k > 0], rows)
 
@@ -97,35 +117,43 @@ def block_causal(
     trained (arXiv 2503.09573): a noisy block sees itself and the clean ones before it, a clean
     one itself and the clean ones before it.
     """
+    check_eager("block_causal")
     num_blocks = count("block_causal", "num_blocks", num_blocks)
+    check_tiles("block_causal", num_blocks, BLOCKS)
     if isinstance(block, Sequence | np.ndarray):
         lengths = counts("block_causal", "block", block, 1, (num_blocks,))
     else:
         lengths = (count("block_causal", "block", block),) * num_blocks
-    window = None if window is None else count("block_causal", "window", window, 0)
+    # More than the blocks there are is all of them: equal plans, numbers that fit.
+    window = None if window is None else min(count("block_causal", "window", window, 0), num_blocks)
+    sinks = min(count("block_causal", "sinks", sinks, 0), num_blocks)
     check_flag("block_causal", "clean", clean)
     check_tokens("block_causal", sum(lengths) * (1 + clean))
-    return _block_causal(lengths, window, count("block_causal", "sinks", sinks, 0), clean)
+    return _block_causal(lengths, window, sinks, clean)
 
 
 @functools.lru_cache(maxsize=256)
 def _block_causal(lengths: tuple[int, ...], window: int | None, sinks: int, clean: bool) -> TilePlan:
     n = len(lengths)
-    i, j = np.ogrid[:n, :n]
-    before = j < i
-    if window is not None:
-        before &= (i - j <= window) | (j < sinks)
-    own = np.eye(n, dtype=bool)
-    if clean:
-        keep = np.block([[own, before], [np.zeros_like(own), own | before]])
-    else:
-        keep = own | before
+    block_of = np.arange(n)
+    # Three runs of every row: the sinks, the window, the block itself.
+    first = np.zeros(n, np.int64) if window is None else np.maximum(block_of - window, 0)
+    runs_at = np.stack([np.zeros(n, np.int64), first, block_of], 1)
+    runs = np.stack([np.minimum(sinks, first), block_of - first, np.ones(n, np.int64)], 1)
+    if clean:  # a noisy block is itself and those of the clean blocks, a clean one all of the clean
+        noisy_at = np.stack([block_of, n + runs_at[:, 0], n + runs_at[:, 1]], 1)
+        runs_at, runs = (
+            np.concatenate([noisy_at, n + runs_at]),
+            np.concatenate([runs[:, [2, 0, 1]], runs]),
+        )
+    check_tiles("block_causal", int(runs.sum()), BLOCKS)
+    kept, _ = ranges(runs_at.ravel(), runs.ravel())
     tiles = lengths * (1 + clean)
     block = lengths[0] if len(set(lengths)) == 1 else lengths
     parameters = [
         ("num_blocks", n), ("block", block), ("window", window), ("sinks", sinks), ("clean", clean),
     ]  # fmt: skip
-    return make_plan("block_causal", parameters, tiles, tiles, full_tiles(keep[None]))
+    return make_plan("block_causal", parameters, tiles, tiles, _full_rows(runs.sum(1), kept))
 
 
 def local(length: int, window: int, *, causal: bool = False, tile: int = 128) -> TilePlan:
@@ -134,12 +162,23 @@ def local(length: int, window: int, *, causal: bool = False, tile: int = 128) ->
     Exact for every element. tile: tokens of a tile; smaller ones compute less of what the edges of the
     window leave out (`TilePlan.computed`), larger ones in longer runs.
     """
+    check_eager("local")
     length = count("local", "length", length)
     check_tokens("local", length)
     check_flag("local", "causal", causal)
     # More than the sequence is the sequence, and so is a tile: equal plans, numbers that fit.
     window = min(count("local", "window", window, 0), length - 1)
-    return _local(length, window, causal, min(count("local", "tile", tile), length))
+    tile = min(count("local", "tile", tile), length)
+    check_tiles("local", -(-length // tile), "larger tiles keep fewer")
+    return _local(length, window, causal, tile)
+
+
+def causal(length: int, tile: int = 128) -> TilePlan:
+    """Token i sees token j where j <= i: `local(length, length, causal=True, tile=tile)`, the same object."""
+    check_eager("causal")
+    length, tile = count("causal", "length", length), count("causal", "tile", tile)
+    check_tokens("causal", length)
+    return local(length, length, causal=True, tile=tile)
 
 
 @functools.lru_cache(maxsize=256)
@@ -150,6 +189,7 @@ def _local(length: int, window: int, causal: bool, tile: int) -> TilePlan:
     ahead = 0 if causal else window
     first_tile = np.maximum(begin - window, 0) // tile
     number = np.minimum(last + ahead, length - 1) // tile - first_tile + 1
+    check_tiles("local", int(number.sum()), "larger tiles keep fewer")
     tiles, row = ranges(first_tile, number)
     # i - j over a tile goes from i's first less j's last to i's last less j's first.
     whole = (begin[row] - last[tiles] >= -ahead) & (last[row] - begin[tiles] <= window)

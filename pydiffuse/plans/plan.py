@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any
@@ -22,9 +23,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pydiffuse.plans.arguments import check_tokens
+from pydiffuse.plans.arguments import check_eager, check_tokens
 from pydiffuse.plans.rows import FULL, Tiles, digest_of, entries_of, simplified, transposed
-from pydiffuse.plans.tensors import BLOCK, PlanTensors, Spans, plan_tensors
+from pydiffuse.plans.tensors import BLOCK, PlanTensors, Spans, plan_tensors, real_tensors
 
 __all__ = [
     "BLOCK", "FULL", "TRANSPOSED", "PlanTensors", "Spans", "TilePlan", "Tiles", "given_plan", "make_plan",
@@ -80,19 +81,28 @@ class TilePlan:
         """int32 [S]: position p of the tiles holds token order[p]; None where they are the same."""
         return self.tensors.order
 
+    def places(self) -> np.ndarray | None:
+        """`order` as an array, on whichever device the plan is."""
+        with real_tensors():
+            order = self.to("cpu").order
+            return None if order is None else order.numpy()
+
     def to(self, device: torch.device | str | int) -> TilePlan:
         """The same plan with its tensors on `device`: copied once, then the same object again."""
         device = torch.device(device)
         if device.index is None and device.type != "cpu":
             device = torch.empty(0, device=device).device
         found = self._kin.get((self._transposed, device))
-        if found is None:
+        if found is not None:
+            return found
+        # Dynamo cannot trace real_tensors(). What its graphs make is real; within inference mode it refuses
+        # a plan that is elsewhere (torch 2.13).
+        with nullcontext() if torch.compiler.is_dynamo_compiling() else real_tensors():
             moved = (None if t is None else t.to(device) for t in self.tensors)
             tensors = PlanTensors(*moved)  # type: ignore[arg-type]
-            found = TilePlan(
-                self.name, self.parameters, self.q_bounds, self.k_bounds, self.rows, tensors, self._kin
-            )
-        return found
+        return TilePlan(
+            self.name, self.parameters, self.q_bounds, self.k_bounds, self.rows, tensors, self._kin
+        )
 
     def transpose(self) -> TilePlan:
         """Queries and keys swapped: who is seen by whom. plan.transpose().transpose() is plan."""
@@ -101,8 +111,7 @@ class TilePlan:
             parameters = tuple(p for p in self.parameters if p != TRANSPOSED)
             parameters += () if self._transposed else (TRANSPOSED,)
             rows = transposed(self.rows, len(self.k_bounds) - 1)
-            order = None if self.order is None else self.order.cpu()
-            tensors = plan_tensors(rows, self.k_bounds, self.q_bounds, order)
+            tensors = plan_tensors(rows, self.k_bounds, self.q_bounds, self.places())
             found = TilePlan(
                 self.name, parameters, self.k_bounds, self.q_bounds, rows, tensors, self._kin
             ).to(self.device)
@@ -142,9 +151,10 @@ class TilePlan:
                 for i in range(starts[p, t], starts[p, t + 1]):
                     k0, k1 = self.k_bounds[tiles[i] : tiles[i] + 2]
                     dense[p, q0:q1, k0:k1] = True if masks[i] == FULL else bits[masks[i]]
-        if self.order is not None:
+        order = self.places()
+        if order is not None:
             place = np.empty(self.q_length, np.int64)
-            place[self.order.cpu().numpy()] = np.arange(self.q_length)
+            place[order] = np.arange(self.q_length)
             dense = dense[:, place][:, :, place]
         return torch.from_numpy(dense)
 
@@ -213,14 +223,14 @@ def make_plan(
     Every constructor ends here. Masks that keep all are made full and masks that keep nothing are left
     out; a plan that keeps nothing at all is refused.
     """
+    check_eager(name)
     q_bounds, k_bounds = _bounds(name, q_lengths), _bounds(name, k_lengths)
     rows = simplified(rows)
     if not len(rows.tiles):
         raise ValueError(
             f"{name}: the plan is empty, no query would see a key; accepted: one kept tile or more"
         )
-    places = None if order is None else torch.from_numpy(order.astype(np.int32))
-    tensors = plan_tensors(rows, q_bounds, k_bounds, places)
+    tensors = plan_tensors(rows, q_bounds, k_bounds, order)
     return TilePlan(name, tuple(parameters), q_bounds, k_bounds, rows, tensors)
 
 

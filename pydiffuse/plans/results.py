@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from os import PathLike
+from typing import Any, TypeVar
 
-from pydiffuse.plans.files import from_json, read, to_json, write
+from pydiffuse.plans.arguments import count
+from pydiffuse.plans.files import DAMAGED, from_json, read, to_json, write
 from pydiffuse.plans.plan import TilePlan
 
 FORMAT, VERSION = "pydiffuse.search", 1
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -87,19 +91,23 @@ class SearchResult:
         )
 
     def save(self, path: str | PathLike[str]) -> None:
-        """As JSON, each plan once."""
+        """As JSON, each plan once. Errors that are not finite are null, and infinite when loaded."""
         numbers = {plan: i for i, plan in enumerate(dict.fromkeys(self.plans))}
         layers = [
             {
                 "plan": numbers[layer.plan],
-                "error": layer.error,
+                "error": _or_null(layer.error),
                 "seconds": layer.seconds,
                 "dense_seconds": layer.dense_seconds,
-                "rejected": [list(row) for row in layer.rejected],
+                "rejected": [[name, _or_null(error)] for name, error in layer.rejected],
             }
             for layer in self.layers
         ]
-        content = {"threshold": self.threshold, "plans": [to_json(p) for p in numbers], "layers": layers}
+        content = {
+            "threshold": _or_null(self.threshold),
+            "plans": [to_json(p) for p in numbers],
+            "layers": layers,
+        }
         write(path, FORMAT, VERSION, content)
 
     @staticmethod
@@ -110,17 +118,38 @@ class SearchResult:
             plans = [from_json(given) for given in content["plans"]]
             layers = [
                 LayerChoice(
-                    plans[given["plan"]],
-                    float(given["error"]),
-                    given["seconds"],
-                    given["dense_seconds"],
-                    tuple((str(name), float(error)) for name, error in given["rejected"]),
+                    plans[count("a layer", "plan", given["plan"], 0, len(plans) - 1)],
+                    _number("error", given["error"], math.inf),
+                    _number("seconds", given["seconds"], None, 0.0),
+                    _number("dense_seconds", given["dense_seconds"], None, 0.0),
+                    tuple(
+                        (str(name), _number("error", error, math.inf))
+                        for name, error in given["rejected"]
+                    ),
                 )
                 for given in content["layers"]
             ]
-            return SearchResult(float(content["threshold"]), tuple(layers))
-        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            if not layers:
+                raise ValueError("layers is empty")
+            return SearchResult(_number("threshold", content["threshold"], math.inf, 0.0), tuple(layers))
+        except DAMAGED as error:
             raise ValueError(f"SearchResult.load: {path} holds no result: {error}") from error
+
+
+def _or_null(value: float) -> float | None:
+    """JSON has no infinity."""
+    return value if math.isfinite(value) else None
+
+
+def _number(name: str, value: Any, null: T, least: float = -math.inf) -> float | T:
+    """null: what null stands for."""
+    if value is None:
+        return null
+    real = isinstance(value, int | float) and not isinstance(value, bool)
+    if not real or not math.isfinite(value) or value < least:
+        upto = "" if least == -math.inf else f", {least:g} or more,"
+        raise ValueError(f"{name} is {value!r}; accepted: a finite number{upto} or null")
+    return float(value)
 
 
 def share(plan: TilePlan) -> float:

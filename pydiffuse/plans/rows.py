@@ -53,12 +53,6 @@ def row_starts(per_row: np.ndarray) -> np.ndarray:
     return np.concatenate([ends[:, :1] - per_row[:, :1], ends], 1)
 
 
-def full_tiles(keep: np.ndarray) -> Tiles:
-    """keep: bool [P, query tiles, key tiles], every kept tile whole."""
-    tiles = np.nonzero(keep)[2].astype(np.int32)
-    return Tiles(row_starts(keep.sum(2)), tiles, np.full(len(tiles), FULL, np.int32))
-
-
 def ranges(first: np.ndarray, number: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """first[i], first[i] + 1, ..., number[i] of them, for all i in a row; and beside each the i it is of."""
     which = np.repeat(np.arange(len(number)), number)
@@ -69,8 +63,17 @@ def ranges(first: np.ndarray, number: np.ndarray) -> tuple[np.ndarray, np.ndarra
 def transposed(rows: Tiles, k_tiles: int) -> Tiles:
     """Queries and keys swapped. k_tiles: how many tiles of keys there are."""
     head, tile_q, tile_k, masks, bits = entries_of(rows)
-    swapped = Entries(head, tile_k, tile_q, masks, tuple(np.ascontiguousarray(b.T) for b in bits))
+    swapped = Entries(head, tile_k, tile_q, masks, tuple(frozen(b.T) for b in bits))
     return tiles_of(swapped, len(rows.starts), k_tiles)
+
+
+def frozen(mask: np.ndarray) -> np.ndarray:
+    """A plan's own copy, which nobody writes to: masks come as views of what users have."""
+    if mask.base is None and not mask.flags.writeable and mask.flags.c_contiguous:
+        return mask
+    own = np.array(mask, order="C")
+    own.flags.writeable = False
+    return own
 
 
 def simplified(rows: Tiles) -> Tiles:
@@ -92,7 +95,7 @@ def simplified(rows: Tiles) -> Tiles:
             key = mask.shape, np.packbits(mask).tobytes()
             code[i] = distinct.setdefault(key, len(bits))
             if code[i] == len(bits):
-                bits.append(mask)
+                bits.append(frozen(mask))
     masks = code[rows.masks]
     stays = masks >= FULL
     kept_before = np.concatenate([[0], np.cumsum(stays)])

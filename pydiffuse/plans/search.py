@@ -36,6 +36,9 @@ OP = "search"
 RUNS = 3
 """Measured calls, after one that warms up; their median counts."""
 
+END = object()
+"""What comes after the last layer."""
+
 Layer = tuple[Tensor, Tensor, Tensor]
 Metric = Callable[[Tensor, Tensor], Any]
 
@@ -77,8 +80,8 @@ def search(
     given = iter(layers() if callable(layers) else layers)
     with torch.no_grad():
         for i in itertools.count():
-            layer = next(given, None)
-            if layer is None:
+            layer: Any = next(given, END)
+            if layer is END:
                 break
             choices.append(one.choose(i, layer))
             del layer  # before the next one comes
@@ -139,9 +142,14 @@ class _Search:
         if not self.per_head:
             return self._choose(prices, (q, k, v), exact)
         choice = self._choose_by_head(prices, (q, k, v), exact)
-        if self.measure:  # what heads take together is not known before
-            choice = replace(choice, seconds=self._cost(choice.plan, layer))
-        return choice
+        if not self.measure:
+            return choice
+        whole = prices.dense
+        # What heads take together is not known before.
+        seconds = whole.cost if choice.plan is whole.plan else self._cost(choice.plan, layer)
+        if seconds > whole.cost:
+            return self._choice(prices, whole.plan, 0.0, whole.cost, [])
+        return replace(choice, seconds=seconds)
 
     def _choose(self, prices: Prices, layer: Layer, exact: Tensor) -> LayerChoice:
         rejected: list[tuple[str, float]] = []
@@ -158,8 +166,8 @@ class _Search:
         # By order and head the first candidate, the cheapest, that passes, and its error.
         orders: dict[Any, dict[int, tuple[Priced, float]]] = {}
         for priced in prices.candidates:
-            order = priced.plan.order
-            found = orders.setdefault(None if order is None else order.cpu().numpy().tobytes(), {})
+            order = priced.plan.places()
+            found = orders.setdefault(None if order is None else order.tobytes(), {})
             if len(found) == heads:
                 continue
             out = self._tiles(layer, priced.plan)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pydiffuse.plans.arguments import check_tokens, count, counts
+from pydiffuse.plans.arguments import check_eager, check_tiles, check_tokens, count, counts
 from pydiffuse.plans.plan import TilePlan, make_plan
 from pydiffuse.plans.rows import FULL, Tiles, row_starts
 
@@ -29,6 +29,7 @@ def sliding_tile(
 
     The plan has an order: tile by tile in raster order, and so the tokens within each.
     """
+    check_eager(OP)
     sizes = counts(OP, "grid", grid, 1, (1, 2, 3))
     axes = (len(sizes),)
     tiles, windows = counts(OP, "tile", tile, 1, axes), counts(OP, "window", window, 1, axes)
@@ -51,6 +52,7 @@ def _sliding_tile(
 ) -> TilePlan:
     number = tuple(-(-n // t) for n, t in zip(grid, tile, strict=True))
     width = tuple(-(-w // t) for w, t in zip(window, tile, strict=True))
+    check_tiles(OP, math.prod(number) * math.prod(width), "larger tiles or smaller windows keep fewer")
     own = np.indices(number).reshape(len(grid), -1)  # [axes, tiles]
     steps = np.indices(width).reshape(len(grid), -1)  # [axes, tiles in a window]
     seen = []

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.utils._python_dispatch import _disable_current_modes
 
+from pydiffuse.plans.arguments import check_eager
 from pydiffuse.plans.rows import FULL, Tiles, entries_of, ranges, row_starts
 
 BLOCK = 128
@@ -40,16 +44,27 @@ class PlanTensors(NamedTuple):
     order: Tensor | None  # int32 [S]: position p is token order[p]
 
 
+@contextmanager
+def real_tensors() -> Iterator[None]:
+    """A plan outlives the call that made it: its tensors belong to no inference mode, fake mode or
+    transform of torch.func that the call is in."""
+    with torch.inference_mode(False), temporarily_clear_interpreter_stack(), _disable_current_modes():
+        yield
+
+
 def plan_tensors(
-    rows: Tiles, q_bounds: np.ndarray, k_bounds: np.ndarray, order: Tensor | None
+    rows: Tiles, q_bounds: np.ndarray, k_bounds: np.ndarray, order: np.ndarray | None
 ) -> PlanTensors:
-    """order: int32 [S] or None."""
-    words, mask_at = _words(rows.bits)
+    """order: int32 [S] or None. On the CPU."""
+    check_eager("TilePlan")
     head, tile_q, tile_k, masks, _ = entries_of(rows)
     heads = len(rows.starts)
-    by_q = _spans(heads, head, tile_q, tile_k, masks, q_bounds, k_bounds)
-    by_k = _spans(heads, head, tile_k, tile_q, masks, k_bounds, q_bounds)
-    return PlanTensors(*by_q, *by_k, words, mask_at, order)
+    with real_tensors():
+        words, mask_at = _words(rows.bits)
+        by_q = _spans(heads, head, tile_q, tile_k, masks, q_bounds, k_bounds)
+        by_k = _spans(heads, head, tile_k, tile_q, masks, k_bounds, q_bounds)
+        places = None if order is None else torch.from_numpy(order.astype(np.int32))
+        return PlanTensors(*by_q, *by_k, words, mask_at, places)
 
 
 def _words(bits: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
@@ -62,7 +77,7 @@ def _words(bits: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
         at.append(total)
         total += packed[-1].size
     words = np.concatenate(packed) if packed else np.zeros(1, np.int32)
-    return torch.from_numpy(words.astype(np.int32)), torch.tensor(at, dtype=torch.int64)
+    return torch.from_numpy(words.astype(np.int32)), torch.from_numpy(np.array(at, np.int64))
 
 
 def _spans(
@@ -74,11 +89,13 @@ def _spans(
     bounds: np.ndarray,
     other_bounds: np.ndarray,
 ) -> Spans:
-    """The entries (head, own tile, other tile, mask) as spans over the other side."""
+    """The entries (head, own tile, other tile, mask) as spans over the other side. Those of a row come
+    with the other tile ascending."""
     count = len(bounds) - 1
     row = head.astype(np.int64) * count + own
-    by_row = np.lexsort((other, row))
-    row, other, masks = row[by_row], other[by_row], masks[by_row]
+    if (row[1:] < row[:-1]).any():
+        by_row = _ascending(row)
+        row, other, masks = row[by_row], other[by_row], masks[by_row]
     # An entry goes on with the span before it if both are full and neighbours in one row.
     joins = (row[1:] == row[:-1]) & (other[1:] == other[:-1] + 1)
     joins &= (masks[1:] == FULL) & (masks[:-1] == FULL)
@@ -94,6 +111,15 @@ def _spans(
         torch.from_numpy(spans.astype(np.int32)),
         torch.from_numpy(_blocks(bounds, seen)),
     )
+
+
+def _ascending(keys: np.ndarray) -> np.ndarray:
+    """Where the keys, 0 or more, are in ascending order, equal ones as they come. NumPy sorts 16 bits in
+    linear time, and wider integers not."""
+    order = np.argsort(keys.astype(np.uint16), kind="stable")
+    for shift in range(16, int(keys.max()).bit_length(), 16):
+        order = order[np.argsort((keys >> shift).astype(np.uint16)[order], kind="stable")]
+    return order
 
 
 def _blocks(bounds: np.ndarray, seen: np.ndarray) -> np.ndarray:
