@@ -54,6 +54,9 @@ class Arguments(NamedTuple):
         return (self.plan.words, self.plan.mask_at) if self.plan.mask_at.numel() else None
 
 
+REGISTERS = 255  # of a thread: all there are
+
+
 class Tile(NamedTuple):
     """The launch parameters of one kernel for one head_dim and dtype."""
 

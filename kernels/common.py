@@ -112,6 +112,12 @@ class Launch(NamedTuple):
     constants: dict[str, Any]
     warps: int
     stages: int = 3  # of loads under way in a loop, where products are pipelined
+    registers: int | None = None  # of a thread, at most; unsaid, ptxas may rather spill than use many
+
+    @property
+    def options(self) -> dict[str, int]:
+        options = {"num_warps": self.warps, "num_stages": self.stages}
+        return options if self.registers is None else {**options, "maxnreg": self.registers}
 
     def case(self, name: str) -> Case:
         """The variant of the kernel that this launch would run."""
@@ -134,16 +140,10 @@ class Launch(NamedTuple):
                 signature[argument] = "constexpr"
             else:
                 signature[argument] = type_of(self.args[i], i)
-        return (
-            name,
-            self.kernel,
-            signature,
-            constexprs,
-            {"num_warps": self.warps, "num_stages": self.stages},
-        )
+        return name, self.kernel, signature, constexprs, self.options
 
 
 def run(launches: Sequence[Launch], like: Tensor) -> None:
     with torch.cuda.device(like.device) if like.is_cuda else nullcontext():
-        for kernel, programs, args, constants, warps, stages in launches:
-            kernel[(programs,)](*args, **constants, num_warps=warps, num_stages=stages)
+        for each in launches:
+            each.kernel[(each.programs,)](*each.args, **each.constants, **each.options)
