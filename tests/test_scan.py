@@ -53,6 +53,15 @@ def test_triton_across_chunks():
     check(case, arguments(case, Size(1, 6, 131, 4)), "triton", TOLERANCE)
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="this run is for a GPU; it is about the CPU's blocks")
+@pytest.mark.parametrize("case", CONV_CASES, ids=lambda case: case.id)
+@by_layout
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_large_convolutions(case, layout, dtype):
+    """Three blocks of channels, nine chunks of steps, and outputs that go past the caches if float32."""
+    check(case, arguments(case, Size(2, 1040, 520, 1), dtype, layout), "cpu", TOLERANCE, dtype)
+
+
 @by_case
 @by_backend
 @by_layout

@@ -1,8 +1,9 @@
 // The causal convolution and its gradients, compiled once per instruction set.
 //
-// Lanes are channels. An item walks its steps tile by tile, with the rows of the W - 1 steps before
-// (for the gradient, the W - 1 gradients after) still in the tile: each row is read once and
-// written once.
+// Lanes are channels. Forward, a step is a sum over W rows of CONV_ROW channels where they lie:
+// those of the steps before are still in the first-level cache, and nothing is carried from one
+// vector to the next, so their chains overlap. Backward, an item walks its steps tile by tile, with
+// the rows of the W - 1 steps before and the W - 1 gradients after still in the tile.
 #include "conv.h"
 
 #include "math.h"
@@ -12,6 +13,7 @@ namespace pydiffuse {
 namespace {
 
 constexpr int TILE = 64, HALO = MAX_WIDTH - 1;
+constexpr int AHEAD = 2;  // steps, to be fetched ahead
 constexpr int SUBS = CONV_BLOCK / WIDTH;
 
 // The weights of WIDTH channels. tap[w] belongs to the step W - 1 - w before.
@@ -31,17 +33,22 @@ struct Taps {
 struct Scratch {
   float* x[SUBS];   // [HALO + TILE][WIDTH]: the tile's rows after those of the steps before
   float* g[SUBS];   // [TILE + HALO][WIDTH]: the tile's gradients before those of the steps after
-  float *y, *dx;    // [TILE][WIDTH]
+  float* y;         // [TILE][WIDTH]: what a tile gives
   float* stage[3];  // [length][WIDTH]
+  float* zeros;     // [CONV_ROW]
+  float* wide;      // [MAX_WIDTH][CONV_ROW]
 
   static int64_t size(int64_t length) {
-    return (2 * SUBS + 2) * (HALO + TILE) * WIDTH + 3 * length * WIDTH;
+    return 2 * SUBS * (HALO + TILE) * WIDTH + TILE * WIDTH + 3 * length * WIDTH +
+           (1 + MAX_WIDTH) * CONV_ROW;
   }
   Scratch(int64_t length, float* p) {
     const auto take = [&p](int64_t n) { return (p += n) - n; };
     for (int i = 0; i < SUBS; ++i)
       for (float** each : {&x[i], &g[i]}) *each = take((HALO + TILE) * WIDTH);
-    for (float** each : {&y, &dx}) *each = take((HALO + TILE) * WIDTH);
+    y = take(TILE * WIDTH);
+    zeros = take(CONV_ROW);
+    wide = take(MAX_WIDTH * CONV_ROW);
     for (float*& each : stage) each = take(length * WIDTH);
   }
 };
@@ -101,44 +108,172 @@ LaneRows rows_of(const Tokens& t, int64_t b, int64_t channel, int lanes, int64_t
                         : in_place(t, b, 0, channel, lanes);
 }
 
-// Items: [blocks, batch].
-void forward(const ConvCall& call, int64_t begin, int64_t end, float* scratch) {
-  Scratch m(call.length, scratch);
-  const bool stage = needs_stage(call.x) || needs_stage(call.out);
-  for (int64_t item = begin; item < end; ++item) {
-    const int64_t b = item % call.batch;
-    const Block block(item / call.batch, blocks_of(call), call.channels, CONV_BLOCK);
-    for (int first = 0; first < block.subs; first = stage ? first + 1 : block.subs) {
-      const int last = stage ? first + 1 : block.subs;
-      LaneRows x[SUBS], out[SUBS];
-      Taps taps[SUBS];
-      for (int i = first; i < last; ++i) {
-        const int64_t channel = block.channel + i * WIDTH;
-        x[i] = rows_of(call.x, b, channel, block.lanes(i), call.length, m.stage[0], true);
-        out[i] = rows_of(call.out, b, channel, block.lanes(i), call.length, m.stage[1], false);
-        taps[i] = Taps(call, channel, block.lanes(i));
-      }
-      Tile<TILE> tile;
-      int64_t sequence = 0;
-      for (int64_t step = 0; step < call.length; step += TILE) {
-        tile.set(call.order, call.offsets, call.length, step, TILE, sequence);
-        for (int i = first; i < last; ++i) {
-          const Ahead ahead(tile.next, tile.wraps, x[i], {}, {}, {});
-          float* rows = m.x[i] + HALO * WIDTH;
-          if (step) std::copy(rows + (TILE - HALO) * WIDTH, rows + TILE * WIDTH, m.x[i]);
-          read_rows(x[i], tile, rows);
-          convolve(call, tile, taps[i], rows, [&](int l, vfloat y) {
-            ahead.fetch<1>(l);
-            store(m.y + l * WIDTH, call.silu ? y * vsigmoid(y) : y);
-          });
-          write_rows(out[i], tile, false, m.y);
-        }
-      }
-      if (needs_stage(call.out))
-        unstage(m.stage[1], call.out, b, 0, block.channel + first * WIDTH, block.lanes(first),
-                call.length);
+// Steps [begin, end) of one sample for channels next to each other, at most CONV_ROW.
+struct Piece {
+  int64_t begin, end, channel;
+  int channels;
+  const char* x;  // at token 0
+  char* out;
+  int64_t x_stride, out_stride;  // bytes from a token to the next
+  bool stream;
+};
+
+// A step's sums over its rows, float32, for all channels of a piece. taps: at its first channel.
+template <int W, class Out>
+inline void convolve_row(const ConvArgs& a, const Piece& piece, const float* taps,
+                         const float* const* rows, typename Out::Bits* out) {
+  const auto sum = [&](int64_t c, int lanes) {
+    vfloat y = load<vfloat>(taps + W * a.tap_stride + c);
+    for (int w = 0; w < W; ++w)
+      y += load<vfloat>(taps + w * a.tap_stride + c) * read_lanes<F32>(rows[w] + c, lanes);
+    return a.call.silu ? y * vsigmoid(y) : y;
+  };
+  int64_t c = 0;
+  for (; c + WIDTH <= piece.channels; c += WIDTH) Out::write(out + c, sum(c, WIDTH), piece.stream);
+  const int rest = static_cast<int>(piece.channels - c);
+  if (rest) write_lanes<Out>(out + c, sum(c, rest), rest);
+}
+
+// Asks for the row of a step to come.
+inline void fetch(const char* row, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + i);
+}
+
+// wide: [W][CONV_ROW], the last rows in float32 where they are not.
+template <int W, class In, class Out>
+void convolve_steps(const ConvArgs& a, const Piece& piece, const float* zeros, float* wide) {
+  const ConvCall& call = a.call;
+  const auto token = [&](int64_t l) { return call.order ? call.order[l] : l; };
+  const auto row = [&](int64_t l) { return piece.x + token(l) * piece.x_stride; };
+  const auto widened = [&](int64_t l) { return wide + l % W * CONV_ROW; };
+  const auto widen_row = [&](int64_t l) {
+    const auto* from = reinterpret_cast<const typename In::Bits*>(row(l));
+    for (int c = 0; c < piece.channels; c += WIDTH)
+      store(widened(l) + c, read_lanes<In>(from + c, std::min(WIDTH, piece.channels - c)));
+  };
+  constexpr bool WIDEN = !std::is_same_v<In, F32>;
+  if (WIDEN)
+    for (int64_t l = std::max<int64_t>(0, piece.begin - W + 1); l < piece.begin; ++l) widen_row(l);
+  const int32_t* next = call.offsets;  // the first sequence that starts after a step
+  int64_t start = 0;                   // of the step's sequence
+  for (int64_t l = piece.begin; l < piece.end; ++l) {
+    while (next && next <= call.offsets + call.sequences && *next <= l) start = *next++;
+    fetch(row(std::min(l + AHEAD, call.length - 1)), piece.channels * sizeof(typename In::Bits));
+    if (WIDEN) widen_row(l);
+    const float* rows[W];  // of the steps l - W + 1 .. l
+    for (int w = 0; w < W; ++w) {
+      const int64_t from = l - W + 1 + w;
+      if (from < start)
+        rows[w] = zeros;
+      else
+        rows[w] = WIDEN ? widened(from) : reinterpret_cast<const float*>(row(from));
     }
+    auto* out = reinterpret_cast<typename Out::Bits*>(piece.out + token(l) * piece.out_stride);
+    convolve_row<W, Out>(a, piece, a.taps + piece.channel, rows, out);
   }
+}
+
+// f(width, element of x, of out), known when compiling.
+template <class F>
+inline void with_types(const ConvCall& call, const F& f) {
+  with_width(call.width, [&](auto width) {
+    with_element(call.x.dtype, [&](auto from) {
+      with_element(call.out.dtype, [&](auto to) { f(width, from, to); });
+    });
+  });
+}
+
+// Tokens [begin, end), a sequence, of one channel, next to each other: here lanes are tokens.
+template <int W, class In, class Out>
+void convolve_tokens(const vfloat* taps, bool silu, const typename In::Bits* x,
+                     typename Out::Bits* out, int64_t begin, int64_t end) {
+  for (int64_t l = begin; l < end; l += WIDTH) {
+    const int lanes = static_cast<int>(std::min<int64_t>(WIDTH, end - l));
+    vfloat y = taps[W];
+    if (l - W + 1 >= begin && lanes == WIDTH) {
+      for (int w = 0; w < W; ++w) y += taps[w] * In::read(x + l - W + 1 + w);
+    } else {
+      float part[W - 1 + WIDTH] = {};  // zeros before the sequence and after it
+      for (int i = 0; i < W - 1 + lanes; ++i)
+        if (l - W + 1 + i >= begin) part[i] = In::read_one(x + l - W + 1 + i);
+      for (int w = 0; w < W; ++w) y += taps[w] * load<vfloat>(part + w);
+    }
+    write_lanes<Out>(out + l, silu ? y * vsigmoid(y) : y, lanes);
+  }
+}
+
+template <int W, class In, class Out>
+void convolve_channel(const ConvArgs& a, int64_t b, int64_t channel) {
+  const ConvCall& call = a.call;
+  vfloat taps[W + 1];
+  for (int w = 0; w <= W; ++w) taps[w] = splat(a.taps[w * a.tap_stride + channel]);
+  const auto* x = reinterpret_cast<const typename In::Bits*>(address(call.x, b, 0, channel));
+  auto* out = reinterpret_cast<typename Out::Bits*>(address(call.out, b, 0, channel));
+  for (int q = 0; q < call.sequences; ++q)
+    convolve_tokens<W, In, Out>(taps, call.silu, x, out, call.offsets ? call.offsets[q] : 0,
+                                call.offsets ? call.offsets[q + 1] : call.length);
+}
+
+// Rows where they lie. Items: [batch, chunks, blocks].
+void forward_rows(const ConvArgs& a, int64_t item, const Scratch& m) {
+  const ConvCall& call = a.call;
+  const int64_t channel = item % a.blocks() * CONV_ROW, rest = item / a.blocks();
+  const int64_t b = rest / a.chunks(), begin = rest % a.chunks() * CONV_STEPS;
+  const int in = bytes_of(call.x.dtype), out = bytes_of(call.out.dtype);
+  Piece piece{begin,
+              std::min(begin + CONV_STEPS, call.length),
+              channel,
+              static_cast<int>(std::min<int64_t>(CONV_ROW, call.channels - channel)),
+              address(call.x, b, 0, channel),
+              address(call.out, b, 0, channel),
+              call.x.token * in,
+              call.out.token * out,
+              false};
+  const auto odd = reinterpret_cast<uintptr_t>(piece.out) | piece.out_stride;
+  piece.stream = a.stream && odd % (WIDTH * out) == 0;
+  with_types(call, [&](auto width, auto from, auto to) {
+    convolve_steps<width, decltype(from), decltype(to)>(a, piece, m.zeros, m.wide);
+  });
+}
+
+// Tokens next to each other in x and out: where they lie if in their order, else as rows of staged
+// copies, a vector of channels at a time. Items: [blocks, batch].
+void forward_staged(const ConvArgs& a, int64_t item, Scratch& m) {
+  const ConvCall& call = a.call;
+  const int64_t b = item % call.batch;
+  const Block block(item / call.batch, a.blocks(), call.channels, CONV_BLOCK);
+  if (!call.order && call.x.token == 1 && call.out.token == 1)
+    return with_types(call, [&](auto width, auto from, auto to) {
+      for (int i = 0; i < block.channels; ++i)
+        convolve_channel<width, decltype(from), decltype(to)>(a, b, block.channel + i);
+    });
+  for (int i = 0; i < block.subs; ++i) {
+    const int64_t channel = block.channel + i * WIDTH;
+    const int lanes = block.lanes(i);
+    const Taps taps(call, channel, lanes);
+    const LaneRows x = rows_of(call.x, b, channel, lanes, call.length, m.stage[0], true);
+    const LaneRows out = rows_of(call.out, b, channel, lanes, call.length, m.stage[1], false);
+    float* rows = m.x[0] + HALO * WIDTH;
+    Tile<TILE> tile;
+    int64_t sequence = 0;
+    for (int64_t step = 0; step < call.length; step += TILE) {
+      tile.set(call.order, call.offsets, call.length, step, TILE, sequence);
+      if (step) std::copy(rows + (TILE - HALO) * WIDTH, rows + TILE * WIDTH, m.x[0]);
+      read_rows(x, tile, rows);
+      convolve(call, tile, taps, rows,
+               [&](int l, vfloat y) { store(m.y + l * WIDTH, call.silu ? y * vsigmoid(y) : y); });
+      write_rows(out, tile, false, m.y);
+    }
+    if (needs_stage(call.out)) unstage(m.stage[1], call.out, b, 0, channel, lanes, call.length);
+  }
+}
+
+void forward(const ConvArgs& a, int64_t begin, int64_t end, float* scratch) {
+  Scratch m(a.call.length, scratch);
+  std::fill(m.zeros, m.zeros + CONV_ROW, 0.0f);
+  for (int64_t item = begin; item < end; ++item)
+    a.staged ? forward_staged(a, item, m) : forward_rows(a, item, m);
+  if (a.stream) stream_fence();
 }
 
 struct Sums {
@@ -174,10 +309,10 @@ void backward_tile(const ConvCall& call, const Tile<TILE>& tile, const Taps& tap
       vfloat d = {};
       for (int on = after(call, tile, run, l); on >= 0; --on)
         d += taps.tap[call.width - 1 - on] * load<vfloat>(g + (l + on) * WIDTH);
-      store(m.dx + l * WIDTH, d);
+      store(m.y + l * WIDTH, d);
     }
   }
-  write_rows(dx, tile, false, m.dx);
+  write_rows(dx, tile, false, m.y);
 }
 
 // Items: [blocks, parts].

@@ -15,9 +15,20 @@ inline int64_t conv_blocks(const ConvCall& call) {
 
 template <class Parallel>
 void causal_conv1d(const ConvCall& call, const Parallel& parallel) {
-  parallel(conv_blocks(call) * call.batch, 1, [&](int64_t begin, int64_t end) {
+  const int64_t stride = (call.channels + 15) / 16 * 16;  // on cache lines
+  const Floats taps((call.width + 1) * stride);
+  for (int64_t channel = 0; channel < call.channels; ++channel) {
+    for (int w = 0; w < call.width; ++w)
+      taps.data()[w * stride + channel] = call.weight[channel * call.width + w];
+    taps.data()[call.width * stride + channel] = call.bias ? call.bias[channel] : 0.0f;
+  }
+  const int64_t bytes = call.batch * call.length * call.channels * bytes_of(call.out.dtype);
+  const ConvArgs a{call, call.x.channel != 1 || call.out.channel != 1, bytes >= STREAM_BYTES,
+                   taps.data(), stride};
+  const int64_t chunks = a.staged ? 1 : a.chunks();
+  parallel(call.batch * chunks * a.blocks(), 1, [&](int64_t begin, int64_t end) {
     const Floats scratch(conv_kernels().scratch(call.length));
-    conv_kernels().forward(call, begin, end, scratch.data());
+    conv_kernels().forward(a, begin, end, scratch.data());
   });
 }
 

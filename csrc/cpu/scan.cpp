@@ -1,10 +1,10 @@
 // The selective scan, compiled once per instruction set.
 //
 // Lanes are channels, WIDTH of them; WIDTH states at a time are registers, so a step is WIDTH
-// exponentials and three times as many multiply-adds with no memory but B and C, which are
+// exponentials and three times as many multiply-adds with no memory but A, and B and C, which are
 // broadcast. An item walks its steps tile by tile, and within a tile its vectors of channels one by
 // one, so that a token's channels are read as one stretch of memory. A path is nothing but the
-// address of a step's row.
+// address of a step's row: rows of float32 are read, gated and written where they lie.
 #include "scan.h"
 
 #include "scan_tile.h"
@@ -12,22 +12,22 @@
 namespace pydiffuse {
 namespace {
 
-constexpr int TILE = 32;
+constexpr int TILE = 64;
 static_assert(SCAN_CHUNK % TILE == 0);
 constexpr int SUBS = SCAN_BLOCK / WIDTH;
 
 struct Scratch {
-  float *dt, *du, *u, *y;  // tiles [TILE][WIDTH]
-  float* h[SUBS];          // [rows][WIDTH]
+  float *u, *delta, *z, *out, *y;  // tiles [TILE][WIDTH]
+  float* h[SUBS];                  // [rows][WIDTH]
   Parameters parameters[SUBS];
   float *su, *sdelta, *sz, *sout;  // staged tensors [length][WIDTH]
 
   static int64_t size(const ScanArgs& s) {
-    return 4 * TILE * WIDTH + SUBS * 4 * s.rows * WIDTH + 4 * s.call.length * WIDTH;
+    return 5 * TILE * WIDTH + SUBS * 4 * s.rows * WIDTH + 4 * s.call.length * WIDTH;
   }
   Scratch(const ScanArgs& s, float* p) {
     const auto take = [&p](int64_t n) { return (p += n) - n; };
-    for (float** tile : {&dt, &du, &u, &y}) *tile = take(TILE * WIDTH);
+    for (float** tile : {&u, &delta, &z, &out, &y}) *tile = take(TILE * WIDTH);
     for (int i = 0; i < SUBS; ++i) {
       h[i] = take(s.rows * WIDTH);
       for (float** each : {&parameters[i].A2, &parameters[i].B, &parameters[i].C})
@@ -42,22 +42,96 @@ struct Tensors {
   LaneRows u, delta, z, out;
 };
 
+// A row of float32 and of a whole vector for each step of a tile.
+struct StepRows {
+  char* data;
+  int64_t stride;        // bytes
+  const int64_t* index;  // of each step's row
+
+  float* at(int l) const { return reinterpret_cast<float*>(data + index[l] * stride); }
+};
+
+constexpr struct Counting {
+  int64_t at[TILE];
+  constexpr Counting() : at() {
+    for (int l = 0; l < TILE; ++l) at[l] = l;
+  }
+} STEP;
+
+bool in_float_vectors(const LaneRows& rows) {
+  return rows.dtype == DType::f32 && rows.lanes == WIDTH;
+}
+
+// Where the steps of a tile are read and written: the rows themselves, else the tile's copies.
+struct RowSteps {
+  static constexpr bool SAVE = false;
+  StepRows u, delta, z, out;
+  float* y;     // [step][WIDTH]: the sums over the states so far
+  vfloat bias;  // of delta
+  bool softplus, gated, add;
+  bool last;  // states of the channels
+  const Ahead& ahead;
+
+  StepInput read(int l) const {
+    const vfloat x = load<vfloat>(u.at(l));
+    vfloat t = load<vfloat>(delta.at(l)) + bias;
+    if (softplus) t = vsoftplus(t);
+    return {x, t, t * x};
+  }
+  vfloat sum(int l) const { return load<vfloat>(y + l * WIDTH); }
+  void write(int l, vfloat v) const {
+    if (!last) return store(y + l * WIDTH, v);
+    if (gated) {
+      const vfloat g = load<vfloat>(z.at(l));
+      v *= g * vsigmoid(g);
+    }
+    if (add) v += load<vfloat>(out.at(l));
+    store(out.at(l), v);
+  }
+};
+
+RowSteps steps_of(const ScanArgs& s, const ScanTile<TILE>& tile, const Tensors& rows,
+                  const Parameters& p, bool add, const Ahead& ahead, Scratch& m) {
+  const auto in_tile = [](float* copy) {
+    return StepRows{reinterpret_cast<char*>(copy), WIDTH * 4, STEP.at};
+  };
+  const auto rows_of = [&](const LaneRows& r, float* copy, bool read) {
+    if (in_float_vectors(r)) return StepRows{r.data, r.stride, tile.token};
+    if (r && read) read_rows(r, tile, copy);
+    return in_tile(copy);
+  };
+  RowSteps steps{rows_of(rows.u, m.u, true),
+                 {},
+                 rows_of(rows.z, m.z, true),
+                 rows_of(rows.out, m.out, add),
+                 m.y,
+                 p.bias,
+                 s.call.softplus,
+                 bool(rows.z),
+                 add,
+                 true,
+                 ahead};
+  if (s.call.softplus && s.rows > WIDTH) {  // once, not for every vector of states
+    for_rows(rows.delta, tile,
+             [dt = m.delta, bias = p.bias](auto e, int l, const void* row, int n) {
+               store(dt + l * WIDTH, vsoftplus(read_lanes<decltype(e)>(row, n) + bias));
+             });
+    steps.delta = in_tile(m.delta);
+    steps.bias = vfloat{};
+    steps.softplus = false;
+  } else {
+    steps.delta = rows_of(rows.delta, m.delta, true);
+  }
+  return steps;
+}
+
 // One tile of one vector of channels.
 void scan_tile(const ScanArgs& s, const ScanTile<TILE>& tile, const Tensors& rows,
                const Parameters& p, int64_t b, int64_t k, int64_t channel, int lanes, bool add,
                const Ahead& ahead, float* h, Scratch& m) {
   const ScanCall& call = s.call;
   const int64_t states = int64_t(s.rows) * WIDTH;
-  for_rows(rows.delta, rows.u, tile,
-           [=, dt = m.dt, du = m.du, u = m.u, bias = p.bias, softplus = call.softplus](
-               auto e, auto f, int l, const void* delta_row, const void* u_row, int n) {
-             const vfloat x = read_lanes<decltype(f)>(u_row, n);
-             vfloat t = read_lanes<decltype(e)>(delta_row, n) + bias;
-             if (softplus) t = vsoftplus(t);
-             store(u + l * WIDTH, x);
-             store(dt + l * WIDTH, t);
-             store(du + l * WIDTH, t * x);
-           });
+  RowSteps steps = steps_of(s, tile, rows, p, add, ahead, m);
   const auto restart = [&](const Run& run) {
     if (call.initial)
       rows_to_lanes(call.initial + state_index(call, b, run.sequence, k, channel), call.states,
@@ -78,24 +152,16 @@ void scan_tile(const ScanArgs& s, const ScanTile<TILE>& tile, const Tensors& row
       constexpr int NB = nb;
       for (int n = 0; n < s.rows; n += NB) {
         const int count = std::min(NB, call.states - n);
+        steps.last = n + NB >= s.rows;
         const auto part = [&](auto partial) {
-          scan_run<NB, const_b, const_c, false, partial>(tile, run, n, count, p, m.u, m.dt, m.du,
-                                                         h + n * WIDTH, m.y, ahead, nullptr);
+          scan_run<NB, const_b, const_c, partial>(tile, run, n, count, p, steps, h + n * WIDTH);
         };
         count == NB ? part(std::false_type{}) : part(std::true_type{});
       }
     });
     if (run.ends && call.last) lanes_to_rows(h, call.states, lanes, call.states, call.last + state);
   }
-  if (!rows.z) return write_rows(rows.out, tile, add, m.y);
-  for_rows(rows.z, rows.out, tile,
-           [=, y = m.y](auto e, auto f, int l, const void* z_row, void* out_row, int n) {
-             using Out = decltype(f);
-             const vfloat z = read_lanes<decltype(e)>(z_row, n);
-             vfloat v = load<vfloat>(y + l * WIDTH) * (z * vsigmoid(z));
-             if (add) v += read_lanes<Out>(out_row, n);
-             write_lanes<Out>(out_row, v, n);
-           });
+  if (!in_float_vectors(rows.out)) write_rows(rows.out, tile, false, m.out);
 }
 
 // All steps of path k for the vectors [first, last) of a block.

@@ -53,6 +53,21 @@ struct Tensors {
   LaneRows u, delta, z, dout, du, ddelta, dz;
 };
 
+// The steps of a run where the chunk's copies are: [step][WIDTH].
+struct CopiedSteps {
+  static constexpr bool SAVE = true;
+  const float *u, *dt, *du;
+  float *y, *saved;
+  const Ahead& ahead;
+
+  StepInput read(int l) const {
+    const auto at = [l](const float* p) { return load<vfloat>(p + l * WIDTH); };
+    return {at(u), at(dt), at(du)};
+  }
+  vfloat sum(int l) const { return load<vfloat>(y + l * WIDTH); }
+  void write(int l, vfloat v) const { store(y + l * WIDTH, v); }
+};
+
 // One tile of one vector of channels: where it is.
 struct Place {
   int64_t b, k, group, block, channel;
@@ -194,6 +209,7 @@ void backward_tile(const ScanBackwardArgs& a, const ScanTile<TILE>& tile, const 
   float* dB = a.dB ? a.dB + row * call.length * s.rows : nullptr;
   float* dC = a.dC ? a.dC + row * call.length * s.rows : nullptr;
   const int64_t chunk = tile.first / SCAN_CHUNK;
+  const CopiedSteps steps{m.u, m.dt, m.du, m.y, m.saved, ahead};
   alignas(64) float h[WIDTH * WIDTH], start[WIDTH * WIDTH];
   const auto block = [&](int n, auto nb, auto const_b, auto const_c, auto partial) {
     constexpr int NB = nb;
@@ -202,8 +218,7 @@ void backward_tile(const ScanBackwardArgs& a, const ScanTile<TILE>& tile, const 
     for (int r = 0; r < tile.runs; ++r) {
       const Run& run = tile.run[r];
       if (run.starts || r == 0) load_start<NB>(call, run, at, chunk, n, h);
-      scan_run<NB, const_b, const_c, true, partial>(tile, run, n, count, p, m.u, m.dt, m.du, h, m.y,
-                                                    ahead, m.saved);
+      scan_run<NB, const_b, const_c, partial>(tile, run, n, count, p, steps, h);
     }
     for (int r = tile.runs - 1; r >= 0; --r) {
       const Run& run = tile.run[r];

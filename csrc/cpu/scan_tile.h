@@ -1,7 +1,7 @@
 // Tiles of the selective scan: what its forward and its backward share.
 //
-// A tile is up to TILE steps of WIDTH channels in the first-level cache: delta, delta u and y as
-// [step][lane], and where B and C of each step's token lie. The states of WIDTH channels are
+// A tile is up to TILE steps of WIDTH channels and where the rows of each step's token lie. What of
+// it is copied, into the first-level cache, is [step][lane]. The states of WIDTH channels are
 // [state][lane]; within a run of steps, WIDTH states at a time are registers.
 #pragma once
 
@@ -84,42 +84,51 @@ inline const float* opaque(const float* p) {
   return p;
 }
 
-// The steps of a run for NB states, from h: [NB][WIDTH] and back. y: their part of <C, h>, added to
-// D u at the first states and to what stands there after them. PARTIAL: only `count` of them are
-// states, the others stay 0. SAVE: h after each step to saved[step][NB][WIDTH]. Not inlined: among
-// other loops the compiler runs out of registers for addresses.
-template <int NB, bool CONST_B, bool CONST_C, bool SAVE, bool PARTIAL, class TILE_>
+// What a step starts from: u, delta as it enters the exponential, and delta u.
+struct StepInput {
+  vfloat u, t, x;
+};
+
+// The steps of a run for NB states, from h: [NB][WIDTH] and back. Where u, delta and y lie is known
+// to `steps`: read(l) gives a step's input, write(l, y) takes its part of <C, h>, added to D u at
+// the first states and to sum(l), the part of the states before, after them; if SAVE, h after the
+// step goes to saved[l][NB][WIDTH]. PARTIAL: only `count` of NB are states, the others stay 0.
+//
+// A step's input is read a step early: read in its turn, a load from beyond the first-level cache
+// or a softplus would hold up all that the step computes, more than the CPU can look past.
+//
+// Not inlined: among other loops the compiler runs out of registers for addresses.
+template <int NB, bool CONST_B, bool CONST_C, bool PARTIAL, class TILE_, class Steps>
 __attribute__((noinline)) void scan_run(const TILE_& tile, const Run& run, int state, int count,
-                                        const Parameters& p, const float* u, const float* dt,
-                                        const float* du, float* h, float* y, const Ahead& ahead,
-                                        float* saved) {
+                                        const Parameters& p, const Steps& steps, float* h) {
   constexpr int SUMS = NB < 4 ? NB : 4;  // chains of additions in flight
   vfloat H[NB];
   for (int n = 0; n < NB; ++n) H[n] = load<vfloat>(h + n * WIDTH);
   const float *A2 = opaque(p.A2 + state * WIDTH), *Bc = opaque(p.B + state * WIDTH);
   const float* Cc = opaque(p.C + state * WIDTH);
+  StepInput next = steps.read(run.begin);
   for (int l = run.begin; l < run.end; ++l) {
-    const vfloat t = load<vfloat>(dt + l * WIDTH), x = load<vfloat>(du + l * WIDTH);
+    const auto [u, t, x] = next;
+    if (state == 0) steps.ahead.fetch(l);
+    next = steps.read(std::min(l + 1, run.end - 1));
     const float* b = CONST_B ? nullptr : opaque(tile.b[l] + state);
     const float* c = CONST_C ? nullptr : opaque(tile.c[l] + state);
     vfloat sum[SUMS] = {};
-    if (state == 0) {
-      ahead.fetch(l);
-      if (p.skips) sum[0] = p.D * load<vfloat>(u + l * WIDTH);
-    } else {
-      sum[0] = load<vfloat>(y + l * WIDTH);
-    }
+    if (state)
+      sum[0] = steps.sum(l);
+    else if (p.skips)
+      sum[0] = p.D * u;
 #pragma GCC unroll 16
     for (int n = 0; n < NB; ++n) {
       if (PARTIAL && n >= count) continue;
       const vfloat a = vexp2(t * load<vfloat>(A2 + n * WIDTH));
       H[n] = a * H[n] + x * (CONST_B ? load<vfloat>(Bc + n * WIDTH) : splat(b[n]));
       sum[n % SUMS] += H[n] * (CONST_C ? load<vfloat>(Cc + n * WIDTH) : splat(c[n]));
-      if (SAVE) store(saved + (l * NB + n) * WIDTH, H[n]);
+      if constexpr (Steps::SAVE) store(steps.saved + (l * NB + n) * WIDTH, H[n]);
     }
     for (int width = SUMS / 2; width > 0; width /= 2)
       for (int i = 0; i < width; ++i) sum[i] += sum[i + width];
-    store(y + l * WIDTH, sum[0]);
+    steps.write(l, sum[0]);
   }
   for (int n = 0; n < NB; ++n) store(h + n * WIDTH, H[n]);
 }

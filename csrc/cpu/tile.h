@@ -88,8 +88,9 @@ struct Ahead {
       stride[i] = rows[i]->stride;
     }
   }
+  // Inlined, or g++ takes it for a function without effects and drops the call.
   template <int COUNT = ROWS, bool WRITE = false>
-  void fetch(int step) const {
+  __attribute__((always_inline)) void fetch(int step) const {
 #pragma GCC unroll 4
     for (int i = 0; i < COUNT; ++i)
       __builtin_prefetch(data[i] + token[step] * stride[i], WRITE ? 1 : 0, 3);
