@@ -22,7 +22,6 @@ from pydiffuse.kernels.attention_backward import backward_launches
 from pydiffuse.kernels.attention_tile import (
     LN2,
     LOG2E,
-    REGISTERS,
     Arguments,
     across,
     add_products,
@@ -157,7 +156,7 @@ def forward_launches(out: Tensor, lse: Tensor | None, a: Arguments) -> list[Laun
     constants = tile.constants(D, vector_of((out, a.q, a.k, a.v)))
     constants["SIGNED"] = a.scales is not None or a.scale < 0
     programs = side.blocks.shape[1] * constants["PARTS"] * B * H
-    return [Launch(forward_kernel, programs, args, constants, tile.warps, tile.stages, REGISTERS)]
+    return [Launch(forward_kernel, programs, args, constants, tile.warps, tile.stages, tile.registers)]
 
 
 # The ops: arguments as in the schemas of pydiffuse/_schemas.py.

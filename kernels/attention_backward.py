@@ -16,7 +16,6 @@ from torch import Tensor
 
 from pydiffuse.kernels.attention_tile import (
     LOG2E,
-    REGISTERS,
     Arguments,
     across,
     add_products,
@@ -339,5 +338,7 @@ def backward_launches(
         args = (*grads, *inputs, sizes, side_of(side), a.masks, a.plan.order)
         constants = tile.constants(D, vector)
         programs = side.blocks.shape[1] * constants["PARTS"] * B * owners
-        launches.append(Launch(kernel, programs, args, constants, tile.warps, tile.stages, REGISTERS))
+        launches.append(
+            Launch(kernel, programs, args, constants, tile.warps, tile.stages, tile.registers)
+        )
     return launches

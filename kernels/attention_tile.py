@@ -54,9 +54,6 @@ class Arguments(NamedTuple):
         return (self.plan.words, self.plan.mask_at) if self.plan.mask_at.numel() else None
 
 
-REGISTERS = 255  # of a thread: all there are
-
-
 class Tile(NamedTuple):
     """The launch parameters of one kernel for one head_dim and dtype."""
 
@@ -65,6 +62,7 @@ class Tile(NamedTuple):
     warps: int
     stages: int  # of loads under way
     widest: int = 256  # features of a piece at most
+    registers: int | None = 255  # all there are; None where ptxas spills less by itself
 
     def constants(self, D: int, vector: int) -> dict[str, Any]:
         return {
@@ -84,8 +82,8 @@ def tile_of(kernel: str, a: Arguments) -> Tile:
         if kernel == "forward":
             return Tile(64, 32, 8, 2)
         if kernel == "dq":
-            return Tile(64, 32, 4 if D <= 64 else 8, 2)
-        return Tile(64, 32, 8, 2, 256 if D in (64, 128, 256) else 32)
+            return Tile(64, 32, 4, 2) if D <= 64 else Tile(64, 32, 8, 2, 256, None)
+        return Tile(64, 32, 8, 2, 256 if D in (64, 128, 256) else 32, 255 if D <= 32 else None)
     hopper = gpu < 100
     if D <= 32:
         return Tile(64, 64, 4, 2)

@@ -8,14 +8,12 @@ The work is in proportion to `plan.density`. The formulas stand in pydiffuse.ref
 
 from __future__ import annotations
 
-import math
-
 from torch import Tensor
 
 from pydiffuse import _ops
 from pydiffuse.autograd.attention import TileAttention, run_attention
 from pydiffuse.autograd.functions import needs_function
-from pydiffuse.calls.attention import apart, autocast, check_attention, scale_of
+from pydiffuse.calls.attention import apart, autocast, check_attention, entropy_scale, scale_of
 from pydiffuse.checks import check_flag
 from pydiffuse.plans import TilePlan
 from pydiffuse.reference import attention as reference
@@ -62,12 +60,4 @@ def tile_attention(
     return (out, lse) if return_lse else out
 
 
-def entropy_scale(head_dim: int, length: int, trained_length: int) -> float:
-    """The scale that keeps the attention's entropy at another number of tokens than the trained one:
-    sqrt(log_T(N) / D), N tokens now, T in training; 1/sqrt(D) at N = T (Jin et al., arXiv 2306.08645)."""
-    for name, value, least in (
-        ("head_dim", head_dim, 1), ("length", length, 1), ("trained_length", trained_length, 2),
-    ):  # fmt: skip
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"entropy_scale: {name} is {value!r}; accepted: an int, {least} or more")
-    return math.sqrt(math.log(length, trained_length) / head_dim)
+__all__ = ["entropy_scale", "tile_attention"]

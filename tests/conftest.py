@@ -12,6 +12,26 @@ os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="pydiffuse-induc
 import pytest
 import torch
 
+from tests import compilers
+
+COMPILED = "test_triton_kernels_compile_without_spills"
+
+
+def pytest_collection_modifyitems(items):
+    """Tests that wait for the compiler come last; it works beside the others."""
+    items.sort(key=lambda item: getattr(item, "originalname", "") == COMPILED)
+
+
+def pytest_collection_finish(session):
+    if not session.config.option.collectonly:
+        compilers.start(
+            item.callspec.params["stem"] for item in session.items if item.originalname == COMPILED
+        )
+
+
+def pytest_sessionfinish():
+    compilers.stop()
+
 
 @pytest.fixture(autouse=True)
 def poisoned_memory():

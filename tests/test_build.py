@@ -6,7 +6,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -71,58 +70,9 @@ def test_cuda_kernels_compile_without_spills(tmp_path, capsys):
     assert not [r for r in rows if r[3]], "spills"
 
 
-COMPILE_TRITON = """
-import importlib, json, re, subprocess, sys, tempfile
-from pathlib import Path
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-binaries = Path(triton.__file__).parent / "backends/nvidia/bin"
-from pydiffuse.kernels import common
-rows = []
-for capability in (80, 90, 100):
-    common.compiled_for = capability
-    cases = importlib.import_module(sys.argv[1]).compile_cases()
-    for name, kernel, signature, constexprs, options in cases:
-        source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs)
-        built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-        target = re.search(r"[.]target (sm_\\w+)", built.asm["ptx"])[1]
-        with tempfile.TemporaryDirectory() as folder:
-            ptx = Path(folder) / "kernel.ptx"
-            ptx.write_text(built.asm["ptx"])
-            ptxas = binaries / ("ptxas-blackwell" if capability >= 100 else "ptxas")
-            command = [ptxas, "-v", "--gpu-name", target, ptx, "-o", f"{folder}/out"]
-            told = subprocess.run(command, text=True, capture_output=True, check=True).stderr
-        spilled = sum(map(int, re.findall(r"(\\d+) bytes spill", told)))
-        rows.append((name, target, int(re.search(r"Used (\\d+) registers", told)[1]), spilled))
-print(json.dumps(rows))
-"""
-
-
-def compile_triton(stem: str, cache: Path) -> subprocess.CompletedProcess[str]:
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    env |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(cache / stem)}
-    command = [sys.executable, "-c", COMPILE_TRITON, f"pydiffuse.kernels.{stem}"]
-    return subprocess.run(command, env=env, cwd=ROOT, text=True, capture_output=True)
-
-
-STEMS = sorted(
-    p.stem for p in (ROOT / "kernels").glob("*.py") if "def compile_cases" in p.read_text()
-)  # the others are inner functions of these
-
-
-@pytest.fixture(scope="module")
-def triton_builds(tmp_path_factory):
-    """Every stem compiled, as many at a time as there are cores; the longest first."""
-    cache = tmp_path_factory.mktemp("triton")
-    order = sorted(STEMS, key=lambda stem: stem not in ("attention", "scan", "guidance"))
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        yield {stem: pool.submit(compile_triton, stem, cache) for stem in order}
-
-
-@pytest.mark.parametrize("stem", STEMS)
-def test_triton_kernels_compile_without_spills(stem, triton_builds, capsys):
-    done = triton_builds[stem].result()
+@pytest.mark.parametrize("stem", compilers.STEMS)
+def test_triton_kernels_compile_without_spills(stem, capsys):
+    done = compilers.built(stem)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [tuple(row) for row in json.loads(done.stdout.splitlines()[-1])]
     with capsys.disabled():

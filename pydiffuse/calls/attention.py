@@ -52,6 +52,17 @@ def check_attention(op: str, q: Tensor, k: Tensor, v: Tensor, plan: TilePlan) ->
         raise ValueError(f"{op}: {plan!r} is for {plan.heads} heads and q has {H}; accepted: 1 or {H}")
 
 
+def entropy_scale(head_dim: int, length: int, trained_length: int) -> float:
+    """The scale that keeps the attention's entropy at another number of tokens than the trained one:
+    sqrt(log_T(N) / D), N tokens now, T in training; 1/sqrt(D) at N = T (Jin et al., arXiv 2306.08645)."""
+    for name, value, least in (
+        ("head_dim", head_dim, 1), ("length", length, 1), ("trained_length", trained_length, 2),
+    ):  # fmt: skip
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"entropy_scale: {name} is {value!r}; accepted: an int, {least} or more")
+    return math.sqrt(math.log(length, trained_length) / head_dim)
+
+
 def autocast(*tensors: Any) -> tuple[Any, ...]:
     """Under autocast, floating-point tensors in its dtype."""
     first = tensors[0]
