@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import setup as build
+from tests import compilers
 
 ROOT = Path(__file__).parent.parent
 ARCHS = ("80", "90a", "100")
