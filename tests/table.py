@@ -10,6 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+
 
 @dataclass(frozen=True)
 class Tolerance:
@@ -35,3 +38,15 @@ class Case:
 
     def bytes_moved(self, numel: int, itemsize: int) -> int:
         return (self.reads + self.writes) * numel * itemsize
+
+
+class Draws:
+    """A maker's generator: float64 draws that depend on its seed alone, whatever dtype and device follow."""
+
+    seed: int
+
+    def __post_init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(self.seed)
+
+    def _randn(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator, dtype=torch.float64)

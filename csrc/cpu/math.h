@@ -14,7 +14,7 @@ inline vfloat splat(float x) { return x - vfloat{}; }  // + would turn -0 into 0
 // close to 1 are right to the last bit. Relative error 1.6e-7 at most. 2^-inf = 0, NaN stays NaN.
 inline vfloat vexp2(vfloat t) {
 #if defined(__AVX512F__)
-  // vreduceps waits for what its result overwrites (Zen 5, Golden Cove): zeroing the register first
+  // vreduceps waits for what its result overwrites (seen on Zen 5): zeroing the register first
   // cuts the tie, without which exponentials in a loop run one after the other.
   vfloat r;
   asm("vpxord %x0, %x0, %x0\n\tvreduceps $0, %1, %0" : "=&v"(r) : "v"(t));

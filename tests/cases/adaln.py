@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tests.table import Case, Tolerance
+from tests.table import Case, Draws, Tolerance
 
 TOLERANCE = {
     # A mean and a variance of D float32 numbers, a handful of roundings of 6e-8 on top; gradients of
@@ -29,7 +29,7 @@ SHAPES = {
 
 
 @dataclass
-class Maker:
+class Maker(Draws):
     """Draws a case's tensors for tokens of one shape, dtype and memory layout."""
 
     shape: tuple[int, ...]
@@ -37,12 +37,6 @@ class Maker:
     device: str = "cpu"
     seed: int = 0
     layout: Callable[[Tensor], Tensor] = lambda t: t
-
-    def __post_init__(self) -> None:
-        self.generator = torch.Generator().manual_seed(self.seed)
-
-    def _randn(self, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self.generator, dtype=torch.float64)
 
     def tokens(self, mean: float = 0.3) -> Tensor:
         t = self._randn(*self.shape) + mean

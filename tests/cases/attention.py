@@ -14,7 +14,7 @@ from torch import Tensor
 from pydiffuse import plans
 from pydiffuse.plans import TilePlan
 from pydiffuse.plans.plan import make_plan
-from tests.table import Case, Tolerance
+from tests.table import Case, Draws, Tolerance
 
 TOLERANCE = {
     # Sums of a few hundred float32 products, their exponentials to an ulp or two.
@@ -53,19 +53,15 @@ def ordered() -> TilePlan:
 
 
 @dataclass
-class Maker:
+class Maker(Draws):
     size: Size
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
     seed: int = 0
     layout: Callable[[Tensor], Tensor] = lambda t: t
 
-    def __post_init__(self) -> None:
-        self.generator = torch.Generator().manual_seed(self.seed)
-
     def randn(self, *shape: int) -> Tensor:
-        t = torch.randn(shape, generator=self.generator, dtype=torch.float64)
-        return t.to(self.dtype).to(self.device)
+        return self._randn(*shape).to(self.dtype).to(self.device)
 
     def call(self, plan: TilePlan, **options: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         B, H, Hk, D = self.size

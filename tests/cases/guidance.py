@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.table import Case, Tolerance
+from tests.table import Case, Draws, Tolerance
 
 TOLERANCE = {
     # float32 coefficients times float32 predictions: a few roundings of 6e-8, times the guidance
@@ -30,7 +30,7 @@ SHAPES = {
 
 
 @dataclass
-class Maker:
+class Maker(Draws):
     """Draws a case's tensors: predictions of a common signal, so that their cosines are those of
     real ones, in one shape, dtype and memory layout."""
 
@@ -42,18 +42,15 @@ class Maker:
     tensors: list[Tensor] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.generator = torch.Generator().manual_seed(self.seed)
-        self.signal = self._randn(self.shape)
-
-    def _randn(self, shape: tuple[int, ...]) -> Tensor:
-        return torch.randn(shape, generator=self.generator, dtype=torch.float64)
+        super().__post_init__()
+        self.signal = self._randn(*self.shape)
 
     def _keep(self, t: Tensor) -> Tensor:
         self.tensors.append(t)
         return t
 
     def pred(self, noise: float = 0.4, mean: float = 0.1) -> Tensor:
-        t = self.signal + noise * self._randn(self.shape) + mean
+        t = self.signal + noise * self._randn(*self.shape) + mean
         return self._keep(self.layout(t.to(self.dtype).to(self.device)))
 
     def preds(self, k: int) -> list[Tensor]:
@@ -61,7 +58,7 @@ class Maker:
 
     def wide(self) -> Tensor:
         """A tensor that stays float32 beside low-precision predictions: a latent x, a history."""
-        t = self._randn(self.shape).to(torch.float32).to(self.device)
+        t = self._randn(*self.shape).to(torch.float32).to(self.device)
         return self._keep(self.layout(t))
 
     def per_sample(self, low: float = 0.5, high: float = 2.0) -> Tensor:
@@ -69,7 +66,7 @@ class Maker:
         return self._keep((low + (high - low) * t).to(torch.float32).to(self.device))
 
     def table(self, columns: int) -> Tensor:
-        return self._keep(self._randn((self.shape[0], columns)).to(torch.float32).to(self.device))
+        return self._keep(self._randn(self.shape[0], columns).to(torch.float32).to(self.device))
 
 
 def _two(op: str, reads: int, *extra: Any) -> list[Case]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from pydiffuse.grids import PatchSize, count_patches, patch_sizes
-from tests.table import Case, Tolerance
+from tests.table import Case, Draws, Tolerance
 
 TOLERANCE = {
     # float32 products of float32 coefficients, some of them quotients: a few roundings of 6e-8.
@@ -37,7 +37,7 @@ SHAPES: dict[str, tuple[tuple[int, ...], PatchSize]] = {
 
 
 @dataclass
-class Maker:
+class Maker(Draws):
     """Draws a case's tensors, all for one shape and patch size."""
 
     shape: tuple[int, ...]
@@ -48,11 +48,11 @@ class Maker:
     layout: Callable[[Tensor], Tensor] = lambda t: t
 
     def __post_init__(self) -> None:
-        self.generator = torch.Generator().manual_seed(self.seed)
+        super().__post_init__()
         self.patches = count_patches(self.shape, patch_sizes("case", self.shape, self.patch_size))
 
     def image(self, dtype: torch.dtype | None = None) -> Tensor:
-        t = torch.randn(self.shape, generator=self.generator, dtype=torch.float64)
+        t = self._randn(*self.shape)
         return self.layout(t.to(dtype or self.dtype).to(self.device))
 
     def wide(self) -> Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tests.table import Case, Tolerance
+from tests.table import Case, Draws, Tolerance
 
 TOLERANCE = {
     # Copies are exact; a gate is two roundings of 6e-8, a linear layer a sum of products.
@@ -28,7 +28,7 @@ SHAPES = {
 
 
 @dataclass
-class Maker:
+class Maker(Draws):
     """Draws a case's tensors for tokens of one shape, dtype and memory layout."""
 
     shape: tuple[int, ...]
@@ -38,11 +38,8 @@ class Maker:
     layout: Callable[[Tensor], Tensor] = lambda t: t
 
     def __post_init__(self) -> None:
-        self.generator = torch.Generator().manual_seed(self.seed)
+        super().__post_init__()
         self.keep = (self.shape[1] + 1) // 2
-
-    def _randn(self, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self.generator, dtype=torch.float64)
 
     def tokens(self) -> Tensor:
         return self.layout(self._randn(*self.shape).to(self.dtype).to(self.device))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pydiffuse.paths import ScanPath, from_order
-from tests.table import Case, Tolerance
+from tests.table import Case, Draws, Tolerance
 
 TOLERANCE = {
     # Products of float32 decays: a few roundings of 6e-8 per step that is remembered.
@@ -40,18 +40,12 @@ SIZES = {
 
 
 @dataclass
-class ScanMaker:
+class ScanMaker(Draws):
     size: Size
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
     layout: str = "bdl"
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        self.generator = torch.Generator().manual_seed(self.seed)
-
-    def _randn(self, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self.generator, dtype=torch.float64)
 
     def _to(self, t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         return t.to(dtype or self.dtype).to(self.device)
