@@ -79,6 +79,13 @@ def show(console: Console, results: list[Row]) -> None:
     console.print(table)
 
 
+def save(out: Path, device: str, results: list[Row]) -> None:
+    """After every row: a run that is stopped leaves what it measured."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    record = {"machine": machine(device), "rows": [row.as_dict() for row in results]}
+    out.write_text(json.dumps(record, indent=1) + "\n")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("stems", nargs="*", help=f"of {', '.join(STEMS)}; all by default")
@@ -94,21 +101,26 @@ def main() -> int:
     console = Console(width=200 if not sys.stdout.isatty() else None)
     torch.manual_seed(0)
     results: list[Row] = []
+    broken: list[str] = []
     with torch.random.fork_rng(), Progress(console=console, transient=True) as progress:
         task = progress.add_task("measuring", total=None)
         for stem in args.stems or STEMS:
-            for row in importlib.import_module(f"benchmarks.{stem}").rows(args.device, args.quick):
-                results.append(row)
-                progress.update(task, advance=1, description=f"{row.op}: {row.what}")
+            try:
+                for row in importlib.import_module(f"benchmarks.{stem}").rows(args.device, args.quick):
+                    results.append(row)
+                    progress.update(task, advance=1, description=f"{row.op}: {row.what}")
+                    save(out, args.device, results)
+            except Exception:  # the other families are measured all the same
+                console.print_exception()
+                broken.append(stem)
     show(console, results)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    record = {"machine": machine(args.device), "rows": [row.as_dict() for row in results]}
-    out.write_text(json.dumps(record, indent=1) + "\n")
     missed = [f"{row.op}, {row.what}: {b}" for row in results for b in row.bars if not b.held]
     for line in missed:
         console.print(f"[red]missed[/] {line}")
-    console.print(f"wrote {out}; {len(results)} rows, {len(missed)} bars missed")
-    return 1 if missed else 0
+    console.print(
+        f"wrote {out}; {len(results)} rows, {len(missed)} bars missed; stopped: {broken or 'none'}"
+    )
+    return 1 if missed or broken else 0
 
 
 if __name__ == "__main__":

@@ -99,7 +99,9 @@ def flex_attention(plan: TilePlan, device: str) -> Any:
         fq, fk = q // tokens_per_frame, k // tokens_per_frame
         return (fq == fk) | is_reference[fq] | is_reference[fk]
 
-    mask = create_block_mask(allow, None, None, plan.q_length, plan.k_length, device=device)
+    mask = create_block_mask(
+        allow, None, None, plan.q_length, plan.k_length, device=device, _compile=device == "cuda"
+    )  # on a GPU videos are long: the whole mask would not fit
     return torch.compile(flex_attention, dynamic=False), mask
 
 

@@ -3,6 +3,7 @@ arithmetic and against what a user without a GPU would otherwise run."""
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -25,7 +26,7 @@ ROWS, COLUMNS = zigzag((32, 32), 0), zigzag((32, 32), 1)
 def rows(device: str, quick: bool = False) -> Iterator[Row]:
     seconds = 1.0 if quick else 4.0
     yield from accuracy_rows(device)
-    floor = floor_ms(SHAPE, seconds / 2) if device == "cpu" else None
+    floor = floor_ms(SHAPE, seconds / 2) if device == "cpu" else moved_ms(SHAPE, device)
     for layout in ("bld", "bdl"):
         for state in STATES:
             yield from order_rows(layout, state, device, floor, seconds)
@@ -98,9 +99,23 @@ def turned(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return run
 
 
-def rivals_in(layout: str) -> dict[str, Callable[..., Tensor]]:
-    rivals = {"mamba.py": mamba_py(), "loop": plain_loop}
-    return rivals if layout == "bld" else {name: turned(f) for name, f in rivals.items()}
+def mamba_ssm(layout: str) -> Callable[..., Tensor]:
+    """Its CUDA scan, which knows channels before tokens."""
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+
+    return selective_scan_fn if layout == "bdl" else turned(selective_scan_fn)
+
+
+def rivals_in(layout: str, device: str) -> dict[str, Callable[..., Tensor]]:
+    """The first is the best there is."""
+    rivals = {"mamba.py": mamba_py()}
+    if device == "cpu":
+        rivals["loop"] = plain_loop
+    if layout == "bdl":
+        rivals = {name: turned(f) for name, f in rivals.items()}
+    if device == "cuda" and importlib.util.find_spec("selective_scan_cuda"):
+        rivals = {"mamba_ssm": mamba_ssm(layout), **rivals}
+    return rivals
 
 
 def accuracy_rows(device: str) -> Iterator[Row]:
@@ -144,6 +159,11 @@ def floor_ms(size: Size, seconds: float) -> float:
     return c.ms
 
 
+def moved_ms(size: Size, device: str) -> float:
+    """The floor on a GPU: u, delta, z read and y written."""
+    return 1e3 * copy_seconds(2 * size.B * size.D * size.L, torch.float32, device)
+
+
 def bytes_of(size: Size, itemsize: int) -> int:
     """u, delta, z read and y written."""
     return 4 * size.B * size.D * size.L * itemsize
@@ -185,7 +205,7 @@ def order_rows(
         race(list(ours.values()), len(data), device=device, seconds=seconds, least=40)
         if warm:
             expected = exact(data[0], layout)
-            for name, rival in rivals_in(layout).items():
+            for name, rival in rivals_in(layout, device).items():
                 rivals.append(contender(name, data, lambda a, f=rival: f(*a), expected))
                 race(rivals[-1:], 1, device=device, seconds=0, least=5)
     for name, c in ours.items():
@@ -197,8 +217,9 @@ def order_rows(
             row.bars.append(Bar("x the identity", c.ms / ours["identity"].ms, 1.12, at_most=True))
         if rivals and name == "zigzag along rows":
             row.rivals, row.headline = rivals, True
-            row.bars.append(Bar("x mamba.py", rivals[0].ms / c.ms, 20 if layout == "bld" else 15))
-        if floor and warm and layout == "bld" and name != "identity":
+            if device == "cpu":
+                row.bars.append(Bar("x mamba.py", rivals[0].ms / c.ms, 20 if layout == "bld" else 15))
+        if device == "cpu" and floor and warm and layout == "bld" and name != "identity":
             row.bars.append(Bar("of the floor", floor / c.ms, 0.7))
         yield row
 
@@ -253,8 +274,8 @@ def backward_row(layout: str, device: str, floor: float | None, seconds: float) 
 
     expected = exact(data[0], layout, ROWS, dy)
     ours = contender("ours", data, both(lambda a: scan(a, layout, ROWS)), expected)
-    mamba = rivals_in(layout)["mamba.py"]
-    rival = contender("mamba.py", data, both(lambda a: mamba(*a)), exact(data[0], layout, None, dy))
+    name, mamba = next(iter(rivals_in(layout, device).items()))
+    rival = contender(name, data, both(lambda a: mamba(*a)), exact(data[0], layout, None, dy))
     bare = [[t.detach() for t in args] for args in data]
     forward = contender("forward", bare, lambda a: scan(a, layout, ROWS), exact(bare[0], layout, ROWS))
     race([ours, forward], len(data), device=device, seconds=seconds)
@@ -269,7 +290,7 @@ def backward_row(layout: str, device: str, floor: float | None, seconds: float) 
     )
     row.rivals, row.headline = [rival], True
     row.bars = [
-        Bar("x mamba.py, both", rival.ms / ours.ms, 15),
+        Bar(f"x {name}, both", rival.ms / ours.ms, 15 if device == "cpu" else 1),
         Bar("x the forward", ours.ms / forward.ms, 5, at_most=True),
     ]
     return row
@@ -314,6 +335,14 @@ def conv_row(device: str, seconds: float) -> Row:
         contender("eager", data, eager, expected),
         contender("torch.compile", data, torch.compile(eager, dynamic=False), expected),
     ]
+    if device == "cuda" and importlib.util.find_spec("causal_conv1d_cuda"):
+        from causal_conv1d import causal_conv1d_fn
+
+        def theirs(a: Any) -> Tensor:
+            x, w, b = a
+            return causal_conv1d_fn(x.mT, w, b, activation="silu").mT
+
+        rivals.insert(0, contender("causal-conv1d", data, theirs, expected))
     with torch.no_grad():
         race([ours, *rivals], len(data), device=device, seconds=seconds)
     copy = copy_seconds(B * L * D, torch.float32, device) * 1e3

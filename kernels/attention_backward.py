@@ -89,12 +89,11 @@ def weights_of(s, lse, keep, factor):
 
 @inner
 def add_to_keys(
-    sums, own, q, q_at, dout, dout_at, lse, delta, tokens, live, keep, factor, weight,
-    D: tl.constexpr, WIDEST: tl.constexpr, VECTOR: tl.constexpr,
+    sums, k_rows, v_rows, q, q_at, dout, dout_at, lse, delta, tokens, live, keep, factor, weight,
+    DK: tl.constexpr, DV: tl.constexpr, D: tl.constexpr, WIDEST: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    # One step of queries. Of one past its span p is 2^-inf.
-    dk, dv = sums
-    k_rows, v_rows = own
+    # One step of queries. Of one past its span p is 2^-inf. sums: of dk, of dv, or of both; no tuple holds
+    # None, which Triton 3.6 cannot return.
     other = None if live is None else float("inf")
     lse_row = base_of(tl.load(lse + tokens, mask=live, other=other))
     delta_row = tl.load(delta + tokens, mask=live, other=None if live is None else 0.0)
@@ -102,15 +101,20 @@ def add_to_keys(
     s = inner_products(k_rows, rows, D, WIDEST)
     out_rows = read(dout_at, dout, tokens, live, D, WIDEST, VECTOR)
     p = weights_of(s, lse_row[None, :], keep, factor)
-    if v_rows is not None:
+    if DK:
         dp = inner_products(v_rows, out_rows, D, WIDEST)
         ds = p * (dp - delta_row[None, :])
         if weight is not None:
             ds *= weight
-        dk = add_products(dk, like(ds, q), rows, D, WIDEST)
-    if dv is not None:
-        dv = add_products(dv, like(p, dout), out_rows, D, WIDEST)
-    return dk, dv
+        dk = add_products(sums[0], like(ds, q), rows, D, WIDEST)
+    if DV:
+        dv = add_products(sums[len(sums) - 1], like(p, dout), out_rows, D, WIDEST)
+    if DK and DV:
+        return dk, dv
+    elif DK:
+        return (dk,)
+    else:
+        return (dv,)
 
 
 @triton.jit
@@ -145,13 +149,14 @@ def dkv_kernel(
     inside = position < last
     token = tokens_of(order, position, inside)
     k_rows = read(head_at(k, b, hk, VECTOR), k, token, inside, D, WIDEST, VECTOR)
-    v_rows, dk_sums, dv_sums = None, None, None
-    if dk is not None:
+    DK: tl.constexpr = dk is not None
+    DV: tl.constexpr = dv is not None
+    v_rows, sums = None, ()
+    if DK:
         v_rows = read(head_at(v, b, hk, VECTOR), v, token, inside, D, WIDEST, VECTOR)
-        dk_sums = zeros(ROWS, D, WIDEST)
-    if dv is not None:
-        dv_sums = zeros(ROWS, D, WIDEST)
-    own, sums = (k_rows, v_rows), (dk_sums, dv_sums)
+        sums = sums + (zeros(ROWS, D, WIDEST),)
+    if DV:
+        sums = sums + (zeros(ROWS, D, WIDEST),)
     tile_begin, tile_end = tl.load(side[0] + tile), tl.load(side[0] + tile + 1)
     word = (first - tile_begin) // 32 + tl.arange(0, ROWS // 32)
     per_row = (tile_end - tile_begin + 31) // 32
@@ -170,8 +175,8 @@ def dkv_kernel(
             for at in range(begin, whole, STEP):
                 queries = tokens_of(order, at + lane, None)
                 sums = add_to_keys(
-                    sums, own, q, q_at, dout, dout_at, lse + row, delta + row, queries, None, None, factor,
-                    weight, D, WIDEST, VECTOR,
+                    sums, k_rows, v_rows, q, q_at, dout, dout_at, lse + row, delta + row, queries, None, None,
+                    factor, weight, DK, DV, D, WIDEST, VECTOR,
                 )  # fmt: skip
             if masks is not None:
                 words = mask_words(masks, mask)
@@ -185,15 +190,16 @@ def dkv_kernel(
                     )
                 queries = tokens_of(order, at + lane, live)
                 sums = add_to_keys(
-                    sums, own, q, q_at, dout, dout_at, lse + row, delta + row, queries, live, keep, factor,
-                    weight, D, WIDEST, VECTOR,
+                    sums, k_rows, v_rows, q, q_at, dout, dout_at, lse + row, delta + row, queries, live, keep,
+                    factor, weight, DK, DV, D, WIDEST, VECTOR,
                 )  # fmt: skip
-    dk_sums, dv_sums = sums
-    if dk is not None:
+    if DK:
+        dk_sums = sums[0]
         if scales is None:
             dk_sums = scaled(dk_sums, scale, D, WIDEST)
         write(head_at(dk, b, hk, VECTOR), dk, token, inside, dk_sums, D, WIDEST, VECTOR)
-    if dv is not None:
+    if DV:
+        dv_sums = sums[len(sums) - 1]
         write(head_at(dv, b, hk, VECTOR), dv, token, inside, dv_sums, D, WIDEST, VECTOR)
 
 

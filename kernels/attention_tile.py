@@ -178,14 +178,15 @@ def piece_at(at, t, tokens, i, D: tl.constexpr, WIDEST: tl.constexpr, VECTOR: tl
     return at + offsets + feature[None, :]
 
 
+@triton.constexpr_function
+def cut_off(D, widest, i):
+    """Whether the piece goes past D."""
+    return sum(pieces(D, widest)[i]) > D
+
+
 @inner
-def piece_mask(live, i, D: tl.constexpr, WIDEST: tl.constexpr):
-    if first_of(D, WIDEST, i) + width_of(D, WIDEST, i) > D:
-        feature = first_of(D, WIDEST, i) + tl.arange(0, width_of(D, WIDEST, i))
-        known = (feature < D)[None, :]
-        return known if live is None else known & live[:, None]
-    else:
-        return None if live is None else live[:, None]
+def known_features(i, D: tl.constexpr, WIDEST: tl.constexpr):
+    return (first_of(D, WIDEST, i) + tl.arange(0, width_of(D, WIDEST, i)) < D)[None, :]
 
 
 @inner
@@ -193,10 +194,17 @@ def read(at, t, tokens, live, D: tl.constexpr, WIDEST: tl.constexpr, VECTOR: tl.
     # The rows of the tokens, piece by piece; zeros where they are not live.
     parts = ()
     for i in tl.static_range(count(D, WIDEST)):
-        mask = piece_mask(live, i, D, WIDEST)
-        x = tl.load(
-            piece_at(at, t, tokens, i, D, WIDEST, VECTOR), mask=mask, other=None if mask is None else 0.0
-        )
+        piece = piece_at(at, t, tokens, i, D, WIDEST, VECTOR)
+        if cut_off(D, WIDEST, i):
+            if live is None:
+                x = tl.load(piece, mask=known_features(i, D, WIDEST), other=0.0)
+            else:
+                x = tl.load(piece, mask=known_features(i, D, WIDEST) & live[:, None], other=0.0)
+        else:
+            if live is None:
+                x = tl.load(piece)
+            else:
+                x = tl.load(piece, mask=live[:, None], other=0.0)
         parts = parts + (wide(x),)
     return parts
 
@@ -204,8 +212,11 @@ def read(at, t, tokens, live, D: tl.constexpr, WIDEST: tl.constexpr, VECTOR: tl.
 @inner
 def write(at, t, tokens, live, parts, D: tl.constexpr, WIDEST: tl.constexpr, VECTOR: tl.constexpr):
     for i in tl.static_range(count(D, WIDEST)):
+        mask = live[:, None]
+        if cut_off(D, WIDEST, i):
+            mask = mask & known_features(i, D, WIDEST)
         to = piece_at(at, t, tokens, i, D, WIDEST, VECTOR)
-        tl.store(to, narrow(parts[i], t[0].dtype.element_ty), mask=piece_mask(live, i, D, WIDEST))
+        tl.store(to, narrow(parts[i], t[0].dtype.element_ty), mask=mask)
 
 
 @inner

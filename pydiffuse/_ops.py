@@ -124,6 +124,30 @@ def cuda_archs() -> list[str]:
     return archs.split(";") if archs else []
 
 
+def _runs(arch: str, capability: tuple[int, int]) -> bool:
+    """Whether code for sm_<arch> runs on a GPU: within its major version, from its minor one on; that of an
+    `a` target on its own version only."""
+    major, minor = divmod(int(arch.rstrip("a")), 10)
+    if arch.endswith("a"):
+        return capability == (major, minor)
+    return capability[0] == major and capability[1] >= minor
+
+
+@torch.compiler.assume_constant_result
+def _why_no_code(device: int) -> str | None:
+    """Why the extension's CUDA kernels cannot run on a GPU; None where they can, and without a GPU."""
+    if not torch.cuda.is_available():
+        return None
+    capability = torch.cuda.get_device_capability(device)
+    if any(_runs(arch, capability) for arch in cuda_archs()):
+        return None
+    gpu = "{}{}".format(*capability)
+    return (
+        f"its code is for sm_{', sm_'.join(cuda_archs())}, this GPU is sm_{gpu}: rebuild with"
+        f" PYDIFFUSE_CUDA_ARCHS={gpu}"
+    )
+
+
 def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -142,6 +166,9 @@ def _missing(backend: str) -> str | None:
         return "Triton is not installed: `pip install triton`"
     if backend == "cuda" and not torch.cuda.is_available():
         return "torch sees no CUDA device"
+    if backend == "cuda":
+        reasons = [_why_no_code(i) for i in range(torch.cuda.device_count())]
+        return None if None in reasons else reasons[0]
     if backend == "triton" and not (torch.cuda.is_available() or _interpreted()):
         return "torch sees no GPU; TRITON_INTERPRET=1 runs the kernels on the CPU, slowly"
     return None
@@ -195,6 +222,13 @@ def _declared(op: str) -> tuple[str, ...]:
     return PUBLIC[op].backends if op in PUBLIC else BACKENDS
 
 
+def _gpu_backend(op: str, tensor: Tensor) -> str:
+    """CUDA where the op has it and the extension holds code for the tensor's GPU; Triton elsewhere."""
+    if not built_cuda or "cuda" not in _declared(op):
+        return "triton"
+    return "triton" if _why_no_code(tensor.device.index or 0) else "cuda"
+
+
 def ops_for(op: str, tensor: Tensor) -> Any:
     """The namespace that serves `tensor`: torch.ops.pydiffuse or torch.ops.pydiffuse_triton."""
     device = tensor.device.type
@@ -202,8 +236,7 @@ def ops_for(op: str, tensor: Tensor) -> Any:
     if backend is None:
         if device == "cpu" and built:
             return torch.ops.pydiffuse
-        gpu = "cuda" if built_cuda and "cuda" in _declared(op) else "triton"
-        backend = "cpu" if device == "cpu" else gpu
+        backend = "cpu" if device == "cpu" else _gpu_backend(op, tensor)
         if device not in ("cpu", "cuda"):
             raise NotImplementedError(
                 f"{op}: no kernel for device {device!r}; accepted: cpu, cuda; or use_backend('reference')"

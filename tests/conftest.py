@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 
 os.environ.setdefault("TRITON_INTERPRET", "0" if os.environ.get("PYDIFFUSE_TEST_GPU") else "1")
@@ -40,3 +41,16 @@ def poisoned_memory():
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_teardown(item):
+    """A CUDA error that sticks would fail every later test of this process: it ends here, and where tests
+    run side by side another process takes its place."""
+    yield
+    if os.environ.get("PYDIFFUSE_TEST_GPU") and torch.cuda.is_available():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            print(f"{item.nodeid}: {error}", file=sys.stderr, flush=True)
+            os._exit(70)

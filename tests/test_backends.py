@@ -78,6 +78,29 @@ def test_backends_tell_what_is_missing():
             pass
 
 
+@pytest.mark.parametrize(
+    "capability, backend",
+    [((8, 0), "cuda"), ((8, 9), "cuda"), ((9, 0), "cuda"), ((7, 5), "triton"), ((10, 3), "cuda"),
+     ((12, 0), "triton"), ((9, 1), "triton")],
+)  # fmt: skip
+def test_cuda_kernels_run_where_the_extension_has_code(monkeypatch, capability, backend):
+    """Elsewhere Triton serves the op, and asking for CUDA says how to build for this GPU."""
+
+    class OnGpu:
+        device = torch.device("cuda", 0)
+
+    monkeypatch.setattr(_ops, "built_cuda", True)
+    monkeypatch.setattr(_ops, "cuda_archs", lambda: ["80", "90a", "100"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    expected = {"cuda": torch.ops.pydiffuse, "triton": torch.ops.pydiffuse_triton}[backend]
+    assert _ops.ops_for("tcfg", OnGpu()) is expected
+    if backend == "triton":
+        with pytest.raises(RuntimeError, match="PYDIFFUSE_CUDA_ARCHS={}{}".format(*capability)):
+            _ops.set_backend("cuda")
+
+
 def test_use_backend_nests_and_restores():
     seen = []
     with pydiffuse.use_backend("reference"):

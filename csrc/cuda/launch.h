@@ -67,7 +67,10 @@ inline const Residency& residency(const void* kernel, int threads, int device) {
   Residency r{device_attribute(cudaDevAttrMultiProcessorCount, device),
               device_attribute(cudaDevAttrCooperativeLaunch, device) != 0,
               {-1, -1, -1}};
-  for (int blocks = 1; blocks <= 2; ++blocks) {
+  // The runtime refuses to say what is left for more blocks than registers and threads admit.
+  int admitted = 0;
+  cuda_check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&admitted, kernel, threads, 0));
+  for (int blocks = 1; blocks <= std::min(admitted, 2); ++blocks) {
     size_t room = 0;
     int resident = 0;
     cuda_check(cudaOccupancyAvailableDynamicSMemPerBlock(&room, kernel, blocks, threads));
