@@ -43,6 +43,13 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(False)
 
 
+def pytest_runtest_logreport(report):
+    """Failures are written down as they come, so that a run that is stopped has told them."""
+    if report.failed and os.environ.get("PYDIFFUSE_FAILURES") and "PYTEST_XDIST_WORKER" not in os.environ:
+        with open(os.environ["PYDIFFUSE_FAILURES"], "a") as file:
+            print(f"== {report.nodeid}\n{report.longreprtext[-2500:]}", file=file)
+
+
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_teardown(item):
     """A CUDA error that sticks would fail every later test of this process: it ends here, and where tests

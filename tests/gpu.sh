@@ -8,8 +8,9 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${OUT:-out}
-mkdir -p "$out"
+mkdir -p "$out" && out=$(cd "$out" && pwd)
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYDIFFUSE_TEST_GPU=1 PYTHONUNBUFFERED=1
+export PYDIFFUSE_FAILURES=$out/gpu-failures.txt
 status=0
 
 if ! python3 -c 'import sys, pydiffuse; sys.exit(pydiffuse.backends()["tcfg"]["cuda"] != "ready")' 2>/dev/null; then

@@ -42,7 +42,8 @@ def table(path: Path) -> str:
     columns = [(b, d) for b in BACKENDS for d in DTYPES]
     lines = ["op".ljust(width) + "".join(f"{b} {d}".rjust(17) for b, d in columns)]
     for op in pydiffuse.OPS:
-        cells = [f"{passed[op, *c]}/{ran[op, *c]}" if ran[op, *c] else "" for c in columns]
+        keys = [(op, *column) for column in columns]
+        cells = [f"{passed[key]}/{ran[key]}" if ran[key] else "" for key in keys]
         if any(cells):
             lines.append(op.ljust(width) + "".join(cell.rjust(17) for cell in cells))
     bad = sum(ran.values()) - sum(passed.values()) + others[0]

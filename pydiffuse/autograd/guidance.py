@@ -123,7 +123,8 @@ class Guide(Batched):
         dpreds: list[Tensor | None] = [None] * len(preds)
         dvaried = None
         if g is not None and (any(needs[5:]) or needs[1]):
-            dvaried, *dpreds = derive(GuideBackward, call, needs[1], varied, g, *preds)
+            dvaried, *given_back = derive(GuideBackward, call, needs[1], varied, g, *preds)
+            dpreds = list(given_back)  # Dynamo (torch 2.11) unpacks into a tuple
         if state is not None:  # c - u + momentum state: APG's own output
             for i, d in enumerate((state, -state, times(MOMENTUM, state))[: len(preds)]):
                 dpreds[i] = plus(dpreds[i], d)

@@ -36,7 +36,8 @@ def run_scan(
     last = args.A.new_empty(batch, sequences, K, channels, N) if with_last else None
     chunks = args.A.new_empty(batch, K, chunk_count(L), channels, N) if with_chunks else None
     ops_for(op, args.u).selective_scan.default(out, last, chunks, *args)
-    return out.to(args.u.dtype), last, chunks
+    # No `to` that changes nothing: Dynamo (torch 2.11) loses the gradient of an output that has been through it.
+    return out if out.dtype == args.u.dtype else out.to(args.u.dtype), last, chunks
 
 
 class SelectiveScan(Function):
