@@ -51,12 +51,12 @@ from pydiffuse.plans import TilePlan, frames, from_mask
 @inner
 def attend(
     state, q, k, k_at, v, v_at, tokens, live, keep, factor,
-    SIGNED: tl.constexpr, D: tl.constexpr, WIDEST: tl.constexpr, VECTOR: tl.constexpr,
+    SIGNED: tl.constexpr, D: tl.constexpr, WIDEST: tl.constexpr, VECTOR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     # One step of keys. state: the largest score of each row so far; the sums of 2^(score - largest), and
     # of these times v.
     largest, total, sums = state
-    s = inner_products(q, read(k_at, k, tokens, live, D, WIDEST, VECTOR), D, WIDEST)
+    s = inner_products(q, read(k_at, k, tokens, live, D, WIDEST, VECTOR), D, WIDEST, PRECISION)
     if keep is None and not SIGNED:
         new = tl.maximum(largest, tl.max(s, 1) * factor)
     else:
@@ -72,7 +72,7 @@ def attend(
     shrink = tl.exp2(largest - base)
     sums = scaled(sums, shrink[:, None], D, WIDEST)
     rows = read(v_at, v, tokens, live, D, WIDEST, VECTOR)
-    return new, total * shrink + tl.sum(p, 1), add_products(sums, like(p, v), rows, D, WIDEST)
+    return new, total * shrink + tl.sum(p, 1), add_products(sums, like(p, v), rows, D, WIDEST, PRECISION)
 
 
 @triton.jit
@@ -95,6 +95,7 @@ def forward_kernel(
     STEP: tl.constexpr,
     PARTS: tl.constexpr,
     VECTOR: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     B, H, group, head_plans, S = sizes
     b, h, tile, first, last = block_of(side, B, H, head_plans, ROWS, PARTS)
@@ -119,8 +120,8 @@ def forward_kernel(
         for at in range(begin, whole, STEP):
             keys = tokens_of(order, at + lane, None)
             state = attend(
-                state, rows, k, k_at, v, v_at, keys, None, None, factor, SIGNED, D, WIDEST, VECTOR
-            )
+                state, rows, k, k_at, v, v_at, keys, None, None, factor, SIGNED, D, WIDEST, VECTOR, PRECISION,
+            )  # fmt: skip
         if masks is not None:
             words = mask_words(masks, mask)
         for at in range(whole, end, STEP):
@@ -133,8 +134,8 @@ def forward_kernel(
                 keep &= across(w)
             keys = tokens_of(order, at + lane, live)
             state = attend(
-                state, rows, k, k_at, v, v_at, keys, live, keep, factor, SIGNED, D, WIDEST, VECTOR
-            )
+                state, rows, k, k_at, v, v_at, keys, live, keep, factor, SIGNED, D, WIDEST, VECTOR, PRECISION,
+            )  # fmt: skip
     largest, total, sums = state
     inverse = tl.where(total == 0.0, 0.0, 1.0 / total)  # a row that sees nothing is 0
     sums = scaled(sums, inverse[:, None], D, WIDEST)

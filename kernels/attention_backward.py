@@ -90,7 +90,7 @@ def weights_of(s, lse, keep, factor):
 @inner
 def add_to_keys(
     sums, k_rows, v_rows, q, q_at, dout, dout_at, lse, delta, tokens, live, keep, factor, weight,
-    DK: tl.constexpr, DV: tl.constexpr, D: tl.constexpr, WIDEST: tl.constexpr, VECTOR: tl.constexpr,
+    DK: tl.constexpr, DV: tl.constexpr, D: tl.constexpr, WIDEST: tl.constexpr, VECTOR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     # One step of queries. Of one past its span p is 2^-inf. sums: of dk, of dv, or of both; no tuple holds
     # None, which Triton 3.6 cannot return.
@@ -98,17 +98,17 @@ def add_to_keys(
     lse_row = base_of(tl.load(lse + tokens, mask=live, other=other))
     delta_row = tl.load(delta + tokens, mask=live, other=None if live is None else 0.0)
     rows = read(q_at, q, tokens, live, D, WIDEST, VECTOR)
-    s = inner_products(k_rows, rows, D, WIDEST)
+    s = inner_products(k_rows, rows, D, WIDEST, PRECISION)
     out_rows = read(dout_at, dout, tokens, live, D, WIDEST, VECTOR)
     p = weights_of(s, lse_row[None, :], keep, factor)
     if DK:
-        dp = inner_products(v_rows, out_rows, D, WIDEST)
+        dp = inner_products(v_rows, out_rows, D, WIDEST, PRECISION)
         ds = p * (dp - delta_row[None, :])
         if weight is not None:
             ds *= weight
-        dk = add_products(sums[0], like(ds, q), rows, D, WIDEST)
+        dk = add_products(sums[0], like(ds, q), rows, D, WIDEST, PRECISION)
     if DV:
-        dv = add_products(sums[len(sums) - 1], like(p, dout), out_rows, D, WIDEST)
+        dv = add_products(sums[len(sums) - 1], like(p, dout), out_rows, D, WIDEST, PRECISION)
     if DK and DV:
         return dk, dv
     elif DK:
@@ -139,6 +139,7 @@ def dkv_kernel(
     STEP: tl.constexpr,
     PARTS: tl.constexpr,
     VECTOR: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     B, Hk, group, head_plans, S = sizes
     b, hk, tile, first, last = block_of(side, B, Hk, group * head_plans, ROWS, PARTS)
@@ -176,7 +177,7 @@ def dkv_kernel(
                 queries = tokens_of(order, at + lane, None)
                 sums = add_to_keys(
                     sums, k_rows, v_rows, q, q_at, dout, dout_at, lse + row, delta + row, queries, None, None,
-                    factor, weight, DK, DV, D, WIDEST, VECTOR,
+                    factor, weight, DK, DV, D, WIDEST, VECTOR, PRECISION,
                 )  # fmt: skip
             if masks is not None:
                 words = mask_words(masks, mask)
@@ -191,7 +192,7 @@ def dkv_kernel(
                 queries = tokens_of(order, at + lane, live)
                 sums = add_to_keys(
                     sums, k_rows, v_rows, q, q_at, dout, dout_at, lse + row, delta + row, queries, live, keep,
-                    factor, weight, DK, DV, D, WIDEST, VECTOR,
+                    factor, weight, DK, DV, D, WIDEST, VECTOR, PRECISION,
                 )  # fmt: skip
     if DK:
         dk_sums = sums[0]
@@ -206,15 +207,15 @@ def dkv_kernel(
 @inner
 def add_to_queries(
     sums, own, k, k_at, v, v_at, lse, delta, tokens, live, keep, factor,
-    D: tl.constexpr, WIDEST: tl.constexpr, VECTOR: tl.constexpr,
+    D: tl.constexpr, WIDEST: tl.constexpr, VECTOR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     q_rows, out_rows = own
     rows = read(k_at, k, tokens, live, D, WIDEST, VECTOR)
-    s = inner_products(q_rows, rows, D, WIDEST)
+    s = inner_products(q_rows, rows, D, WIDEST, PRECISION)
     v_rows = read(v_at, v, tokens, live, D, WIDEST, VECTOR)
-    dp = inner_products(out_rows, v_rows, D, WIDEST)
+    dp = inner_products(out_rows, v_rows, D, WIDEST, PRECISION)
     ds = weights_of(s, lse[:, None], keep, factor) * (dp - delta[:, None])
-    return add_products(sums, like(ds, k), rows, D, WIDEST)
+    return add_products(sums, like(ds, k), rows, D, WIDEST, PRECISION)
 
 
 @triton.jit
@@ -238,6 +239,7 @@ def dq_kernel(
     STEP: tl.constexpr,
     PARTS: tl.constexpr,
     VECTOR: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     B, H, group, head_plans, S = sizes
     b, h, tile, first, last = block_of(side, B, H, head_plans, ROWS, PARTS)
@@ -267,22 +269,8 @@ def dq_kernel(
         for at in range(begin, whole, STEP):
             keys = tokens_of(order, at + lane, None)
             sums = add_to_queries(
-                sums,
-                own,
-                k,
-                k_at,
-                v,
-                v_at,
-                lse_row,
-                delta_row,
-                keys,
-                None,
-                None,
-                factor,
-                D,
-                WIDEST,
-                VECTOR,
-            )
+                sums, own, k, k_at, v, v_at, lse_row, delta_row, keys, None, None, factor, D, WIDEST, VECTOR, PRECISION,
+            )  # fmt: skip
         if masks is not None:
             words = mask_words(masks, mask)
         for at in range(whole, end, STEP):
@@ -296,22 +284,8 @@ def dq_kernel(
                 )
             keys = tokens_of(order, at + lane, live)
             sums = add_to_queries(
-                sums,
-                own,
-                k,
-                k_at,
-                v,
-                v_at,
-                lse_row,
-                delta_row,
-                keys,
-                live,
-                keep,
-                factor,
-                D,
-                WIDEST,
-                VECTOR,
-            )
+                sums, own, k, k_at, v, v_at, lse_row, delta_row, keys, live, keep, factor, D, WIDEST, VECTOR, PRECISION,
+            )  # fmt: skip
     write(head_at(dq, b, h, VECTOR), dq, token, inside, scaled(sums, scale, D, WIDEST), D, WIDEST, VECTOR)
 
 

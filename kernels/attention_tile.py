@@ -63,19 +63,20 @@ class Tile(NamedTuple):
     stages: int  # of loads under way
     widest: int = 256  # features of a piece at most
     registers: int | None = 255  # all there are; None where ptxas spills less by itself
+    precision: str = "ieee"  # of float32 products: tf32x3 is three on matrix units, about as exact
 
     def constants(self, D: int, vector: int) -> dict[str, Any]:
         return {
             "D": D, "WIDEST": self.widest, "ROWS": self.rows, "STEP": self.step,
-            "PARTS": BLOCK // self.rows, "VECTOR": vector,
+            "PARTS": BLOCK // self.rows, "VECTOR": vector, "PRECISION": self.precision,
         }  # fmt: skip
 
 
 def tile_of(kernel: str, a: Arguments) -> Tile:
     """By kernel, head_dim, dtype and GPU: the largest that needs no more registers than there are."""
-    if a.q.dtype == torch.float32:  # products on the ordinary cores
-        return Tile(32, 32, 8, 2, 32)
     D, masked, gpu = a.q.shape[3], a.masks is not None, capability(a.q)
+    if a.q.dtype == torch.float32:
+        return _float32_tile(kernel, D, gpu)
     if gpu < 90:
         if kernel == "forward" and D <= 64:
             return Tile(128, 64, 8, 2) if D > 32 else Tile(64, 64, 4, 2)
@@ -98,6 +99,16 @@ def tile_of(kernel: str, a: Arguments) -> Tile:
     if hopper and not masked:
         return Tile(128, 32, 8, 2)
     return Tile(64, 32 if masked else 64, 8, 2)
+
+
+def _float32_tile(kernel: str, D: int, gpu: int) -> Tile:
+    """tf32x3 where both halves of its operands fit registers, else products on the ordinary cores."""
+    if 90 <= gpu < 100:
+        if D <= 64:
+            return Tile(128, 32, 8, 2, 64, precision="tf32x3")
+        if (kernel == "forward" and D <= 128) or (kernel == "dq" and D <= 96):
+            return Tile(64, 32, 8, 2, 32, precision="tf32x3")
+    return Tile(32, 32, 8, 2, 32)
 
 
 def heads(t: Tensor) -> tuple[Tensor, int, int, int]:
@@ -249,20 +260,20 @@ def scaled(parts, factor, D: tl.constexpr, WIDEST: tl.constexpr):
 
 
 @inner
-def inner_products(a, b, D: tl.constexpr, WIDEST: tl.constexpr):
+def inner_products(a, b, D: tl.constexpr, WIDEST: tl.constexpr, PRECISION: tl.constexpr):
     # [rows of a, rows of b]
-    s = tl.dot(a[0], tl.trans(b[0]), input_precision="ieee")
+    s = tl.dot(a[0], tl.trans(b[0]), input_precision=PRECISION)
     for i in tl.static_range(1, count(D, WIDEST)):
-        s = tl.dot(a[i], tl.trans(b[i]), s, input_precision="ieee")
+        s = tl.dot(a[i], tl.trans(b[i]), s, input_precision=PRECISION)
     return s
 
 
 @inner
-def add_products(sums, weights, rows, D: tl.constexpr, WIDEST: tl.constexpr):
+def add_products(sums, weights, rows, D: tl.constexpr, WIDEST: tl.constexpr, PRECISION: tl.constexpr):
     # sums + weights rows
     new = ()
     for i in tl.static_range(count(D, WIDEST)):
-        new = new + (tl.dot(weights, rows[i], sums[i], input_precision="ieee"),)
+        new = new + (tl.dot(weights, rows[i], sums[i], input_precision=PRECISION),)
     return new
 
 

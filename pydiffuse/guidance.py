@@ -298,7 +298,7 @@ def superpose(
     )
     if uncond is None:
         return combine(preds, weights), new
-    w = torch.as_tensor(scale, dtype=weights.dtype, device=weights.device).expand(B)[:, None]
+    w = check_scalar("superpose", "scale", scale, preds[0]).to(weights)[:, None]
     return combine((*preds, uncond), torch.cat([w * weights, 1 - w], 1)), new
 
 
@@ -383,14 +383,14 @@ def _tcfg_of_many(
     """From the Gram matrix's top projector P: u_f = sum_j P[u,j] p_j."""
     preds = (*sequence("tcfg", "cond", conds), uncond)
     check_tensors("tcfg", "cond, uncond", preds)
-    m, B = len(conds), len(uncond)
+    m = len(conds)
     scales = weights_of("tcfg", scale if isinstance(scale, Sequence) else [scale] * m, m)
     if _ops.forced_reference():
         return reference.tcfg(conds, uncond, scales, original=original, rescale=rescale, out=out)
     if m == 1:
         return tcfg(conds[0], uncond, scales[0], original=original, rescale=rescale, out=out)
     w = torch.stack(
-        [torch.as_tensor(v, dtype=torch.float64, device=uncond.device).expand(B) for v in scales], 1
+        [check_scalar("tcfg", f"scale[{i}]", v, uncond).double() for i, v in enumerate(scales)], 1
     )
     u = reference.top_projector(gram(preds))[:, -1]  # (B, m + 1)
     total = w.sum(1, keepdim=True)

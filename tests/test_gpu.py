@@ -16,9 +16,6 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="this mach
 BACKENDS = ["cuda", "triton"]
 by_backend = pytest.mark.parametrize("backend", BACKENDS)
 by_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-# The linear solve of superpose is torch.linalg.solve_ex, whose capture is torch's affair.
-CAPTURED = [case for case in CASES if case.op != "superpose"]
-by_captured = pytest.mark.parametrize("case", CAPTURED, ids=lambda case: case.id)
 
 
 def check_replay(case, given, backend):
@@ -38,7 +35,7 @@ def check_replay(case, given, backend):
         assert torch.equal(a, b)
 
 
-@by_captured
+@by_case
 @by_backend
 def test_graph_capture_without_sync(case, backend):
     """A captured call replays on new data; capture itself refuses host syncs."""

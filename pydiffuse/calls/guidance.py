@@ -158,8 +158,8 @@ def call_in_two(
     there = [term for term in terms if term[0] is not None]
 
     def coefficients(column: int) -> Tensor:
-        cs = [torch.as_tensor(t[column], dtype=torch.float64, device=x.device) for t in there]
-        return torch.stack([c.expand(len(x)) for c in cs], 1)
+        cs = [check_scalar("guide", "a coefficient", t[column], x) for t in there]
+        return torch.stack([c.double() for c in cs], 1)
 
     matrix = torch.stack([coefficients(1), coefficients(2)][: 2 if emit & EMIT_PREDICT else 1], 1)
     results = list(Mix.apply("guide", matrix.shape[1], matrix, None, *[t[0] for t in there]))

@@ -338,6 +338,17 @@ def superpose(
     return g.reshape(preds[0].shape).to(preds[0].dtype), new
 
 
+def _solve(matrix: Tensor, right: Tensor) -> Tensor:
+    """x with matrix x = right, [B, m, m] symmetric and positive definite: Gauss-Jordan without pivots, for
+    few unknowns. A library's solver waits for a GPU, which no captured call may do."""
+    m = matrix.shape[1]
+    system, row = torch.cat([matrix, right[..., None]], 2), torch.arange(m, device=matrix.device)[:, None]
+    for i in range(m):
+        pivot = system[:, i : i + 1] / system[:, i : i + 1, i : i + 1]
+        system = torch.where(row == i, pivot, system - system[:, :, i : i + 1] * pivot)
+    return system[..., -1]
+
+
 def superpose_weights(
     gram: Tensor,
     with_uncond: Tensor,
@@ -354,23 +365,25 @@ def superpose_weights(
     l = log_density.double().expand(B, k)
 
     def column(value: Scalar) -> Tensor:
-        return torch.as_tensor(value, dtype=gram.dtype, device=gram.device).expand(B)[:, None]
+        if not isinstance(value, Tensor):  # filled on the device: nothing is copied to it
+            return torch.full((B, 1), float(value), dtype=gram.dtype, device=gram.device)
+        return value.to(gram).expand(B)[:, None]
 
     r, w = column(step), column(scale)
     fixed = r * ((1 - w) * with_uncond - gram.diagonal(dim1=1, dim2=2) / 2) - r.sqrt() * with_noise
     if kind == "or":
         weights = torch.softmax(temperature * l + bias, 1)
     else:
-        # G k + (fixed + bias)/(r w) = lambda 1 and 1'k = 1, in units of the mean <p_i, p_i>. The
-        # diagonal is lifted by 1e-12 of it, so that predictions that are equal share alike.
+        # G k + f = lambda 1 and 1'k = 1, f = (fixed + bias)/(r w), in units of the mean <p_i, p_i>. Without
+        # the last weight, 1 - sum_i y_i: <p_i - p_k, p_j - p_k> y = f_k - f_i - <p_i - p_k, p_k>. The
+        # diagonal of G is lifted by 1e-12 of it, so that predictions that are equal share alike.
         unit = gram.diagonal(dim1=1, dim2=2).mean(1)[:, None]
         unit = torch.where(unit == 0, 1, unit)
-        eye = torch.eye(k, dtype=gram.dtype, device=gram.device)
-        one = torch.ones_like(gram[:, :, :1])
-        top = torch.cat([gram / unit[..., None] + 1e-12 * eye, -one], 2)
-        system = torch.cat([top, torch.cat([one.mT, torch.zeros_like(one[:, :1])], 2)], 1)
-        right = torch.cat([-(fixed + bias) / (r * w * unit), torch.ones_like(r)], 1)
-        weights = torch.linalg.solve_ex(system, right).result[:, :k]
+        G = gram / unit[..., None] + 1e-12 * torch.eye(k, dtype=gram.dtype, device=gram.device)
+        f = (fixed + bias) / (r * w * unit)
+        across = G[:, :-1] - G[:, -1:]
+        y = _solve(across[:, :, :-1] - across[:, :, -1:], f[:, -1:] - f[:, :-1] - across[:, :, -1])
+        weights = torch.cat([y, 1 - y.sum(1, keepdim=True)], 1)
     change = r * w * (gram @ weights[..., None])[..., 0] + fixed
     return weights, l + change
 
