@@ -328,6 +328,7 @@ def modulate_backward_launches(
             args,
             {**constants, "REGISTERS": registers},
             warps_of(constants["BLOCK"]),
+            fused=False,  # of one feature all is mean: dy scale less its mean is 0, not what rounding left
         ),
         Launch(
             sum_kernel,

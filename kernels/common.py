@@ -113,10 +113,11 @@ class Launch(NamedTuple):
     warps: int
     stages: int = 3  # of loads under way in a loop, where products are pipelined
     registers: int | None = None  # of a thread, at most; unsaid, ptxas may rather spill than use many
+    fused: bool = True  # products are added unrounded; not where a product cancels what was rounded
 
     @property
-    def options(self) -> dict[str, int]:
-        options = {"num_warps": self.warps, "num_stages": self.stages}
+    def options(self) -> dict[str, Any]:
+        options = {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": self.fused}
         return options if self.registers is None else {**options, "maxnreg": self.registers}
 
     def case(self, name: str) -> Case:

@@ -156,6 +156,7 @@ built_cuda = _has_cuda_kernels()
 _forced: str | None = None
 
 
+@torch.compiler.assume_constant_result
 def _missing(backend: str) -> str | None:
     """What stands in the way of a backend on this machine, with the remedy; None if nothing."""
     if backend == "cpu" and not built:

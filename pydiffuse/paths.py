@@ -20,12 +20,15 @@ import math
 import operator
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from pydiffuse.modes import real_tensors
 
 Shape = tuple[int, ...]
 Walk = Callable[[int, int, int], np.ndarray]
@@ -65,7 +68,8 @@ class ScanPath:
             device = torch.empty(0, device=device).device  # "cuda" is a device by its number, too
         found = self._kin.get((self._backwards, device))
         if found is None:
-            order, inverse = self.order.to(device), self.inverse.to(device)
+            with nullcontext() if torch.compiler.is_dynamo_compiling() else real_tensors():
+                order, inverse = self.order.to(device), self.inverse.to(device)
             found = ScanPath(self.name, self.shape, self.parameters, order, inverse, self._kin)
         return found
 
@@ -76,7 +80,8 @@ class ScanPath:
             parameters = tuple(p for p in self.parameters if p[0] != "reversed")
             if not self._backwards:
                 parameters += (("reversed", True),)
-            order, inverse = self.order.flip(0), self.length - 1 - self.inverse
+            with nullcontext() if torch.compiler.is_dynamo_compiling() else real_tensors():
+                order, inverse = self.order.flip(0), self.length - 1 - self.inverse
             found = ScanPath(self.name, self.shape, parameters, order, inverse, self._kin)
         return found
 
@@ -224,7 +229,8 @@ def _path(name: str, shape: Shape, order: np.ndarray, **parameters: Any) -> Scan
     order = np.array(order, dtype=np.int32).ravel()
     inverse = np.empty_like(order)
     inverse[order] = np.arange(len(order), dtype=np.int32)
-    tensors = torch.from_numpy(order), torch.from_numpy(inverse)
+    with nullcontext() if torch.compiler.is_dynamo_compiling() else real_tensors():
+        tensors = torch.from_numpy(order), torch.from_numpy(inverse)
     return ScanPath(name, shape, tuple(parameters.items()), *tensors)
 
 

@@ -101,6 +101,19 @@ def test_cuda_kernels_run_where_the_extension_has_code(monkeypatch, capability, 
             _ops.set_backend("cuda")
 
 
+def test_the_choice_of_a_backend_can_be_traced():
+    """On a GPU, or where a backend is missing, Dynamo meets all of it."""
+    asked = _ops._missing("cuda"), _ops._missing("triton"), _ops._why_no_code(0)
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def step(x):
+        told = _ops._missing("cuda"), _ops._missing("triton"), _ops._why_no_code(0)
+        return x + sum(t is None for t in told), told
+
+    y, told = step(torch.zeros(2))
+    assert told == asked and y[0] == sum(t is None for t in asked)
+
+
 def test_use_backend_nests_and_restores():
     seen = []
     with pydiffuse.use_backend("reference"):

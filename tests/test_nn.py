@@ -10,6 +10,7 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import pydiffuse
 from pydiffuse import plans
@@ -302,3 +303,26 @@ def test_tile_attention_with_what_does_not_fit():
     ):
         with pytest.raises(ValueError, match=r"rotary's sin is .*accepted: \(12, 8\)"):
             layer(x, rotary=(good, bad))
+
+
+@pytest.mark.parametrize("side", [5, 6, 7])
+def test_paths_made_within_a_mode_serve_later_calls(side):
+    """A path's reverse and its copies are made in the first call, which may be a trace: later ones find
+    tensors with values."""
+    path = zigzag((4, side), 3)
+    layer = ZigzagMamba(16, path=path, bidirectional=True, device=DEVICE)
+    x = torch.randn(2, 4 * side, 16, device=DEVICE)
+    if side == 5:
+        torch.export.export(layer, (x,), strict=False)
+    elif side == 6:
+        with torch.inference_mode():
+            layer(x)
+    else:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            ZigzagMamba(16, path=path, bidirectional=True)(torch.randn(2, 4 * side, 16))
+    torch.autograd.grad(layer(x).sum(), layer.A_log)
+    with pydiffuse.use_backend("reference"):
+        expected = layer(x)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)
+    orders = [p.order for p in path._kin.values()]
+    assert len(orders) > 1 and all(type(order) is torch.Tensor for order in orders)

@@ -24,6 +24,10 @@ def scan(*args, **kwargs):
     return pd.selective_scan(*given, **kwargs)
 
 
+def x_proj(rows):
+    return torch.rand(rows, 6, device=DEVICE)
+
+
 def groups(n):
     return torch.rand(2, n, 4, 12, device=DEVICE)
 
@@ -120,13 +124,13 @@ BAD = {  # what is wrong: (the call, the error, the words it must hold)
     ),
     "bias and B": (
         lambda: pd.zigzag_mamba_inner(
-            torch.cat([u, u], 1), w, None, torch.rand(8, 6), w, None, None, A, B=B, B_proj_bias=D[:4]
+            torch.cat([u, u], 1), w, None, x_proj(8), w, None, None, A, B=B, B_proj_bias=D[:4]
         ),
         ValueError,
         ["B_proj_bias and B"],
     ),
     "bias alone": (
-        lambda: pd.zigzag_mamba_inner(torch.cat([u, u], 1), w, None, torch.rand(12, 6), w, None, D, A),
+        lambda: pd.zigzag_mamba_inner(torch.cat([u, u], 1), w, None, x_proj(12), w, None, D, A),
         ValueError,
         ["out_proj_bias", "without out_proj_weight"],
     ),

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from pydiffuse.checks import describe
+from pydiffuse.modes import real_tensors
 from pydiffuse.plans.arguments import check_eager, count, counts
 from pydiffuse.plans.plan import TilePlan, given_plan
 from pydiffuse.plans.rows import FULL, Entries, Tiles, row_starts, tiles_of
-from pydiffuse.plans.tensors import real_tensors
 
 CHUNK = 2**22
 """Elements of a mask_mod that are evaluated at once."""

@@ -23,9 +23,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pydiffuse.modes import real_tensors
 from pydiffuse.plans.arguments import check_eager, check_tokens
 from pydiffuse.plans.rows import FULL, Tiles, digest_of, entries_of, simplified, transposed
-from pydiffuse.plans.tensors import BLOCK, PlanTensors, Spans, plan_tensors, real_tensors
+from pydiffuse.plans.tensors import BLOCK, PlanTensors, Spans, plan_tensors
 
 __all__ = [
     "BLOCK", "FULL", "TRANSPOSED", "PlanTensors", "Spans", "TilePlan", "Tiles", "given_plan", "make_plan",

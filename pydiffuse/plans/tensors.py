@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
-from torch.utils._python_dispatch import _disable_current_modes
 
+from pydiffuse.modes import real_tensors
 from pydiffuse.plans.arguments import check_eager
 from pydiffuse.plans.rows import FULL, Tiles, entries_of, ranges, row_starts
 
@@ -42,14 +40,6 @@ class PlanTensors(NamedTuple):
     words: Tensor  # int32: the masks' bits; a row of queries is cdiv(keys of the tile, 32) words
     mask_at: Tensor  # int64 [masks]: a mask's first word
     order: Tensor | None  # int32 [S]: position p is token order[p]
-
-
-@contextmanager
-def real_tensors() -> Iterator[None]:
-    """A plan outlives the call that made it: its tensors belong to no inference mode, fake mode or
-    transform of torch.func that the call is in."""
-    with torch.inference_mode(False), temporarily_clear_interpreter_stack(), _disable_current_modes():
-        yield
 
 
 def plan_tensors(

@@ -384,7 +384,8 @@ def superpose_weights(
         across = G[:, :-1] - G[:, -1:]
         y = _solve(across[:, :, :-1] - across[:, :, -1:], f[:, -1:] - f[:, :-1] - across[:, :, -1])
         weights = torch.cat([y, 1 - y.sum(1, keepdim=True)], 1)
-    change = r * w * (gram @ weights[..., None])[..., 0] + fixed
+    # A sum in one order: a library's product may take another one for another batch.
+    change = r * w * sum(gram[:, :, i] * weights[:, i : i + 1] for i in range(k)) + fixed
     return weights, l + change
 
 
