@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt $(PIP_ARGS)
 SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -type f)
 
-.PHONY: demo test lint bench micro tables gpu-test gpu-bench train clean
+.PHONY: demo test lint bench micro tables gpu-test gpu-bench gpu-compile train clean
 
 demo: $(VENV)/demo
 	$(BIN)/python examples/digits/demo.py
@@ -39,6 +39,11 @@ gpu-test:
 gpu-bench:
 	bash benchmarks/gpu.sh
 
+# The Triton kernels as launched, under every supported Triton and for every architecture; no GPU needed.
+TRITONS := 3.6.0 3.8.0 3.9.0
+gpu-compile: $(VENV)/test $(TRITONS:%=$(VENV)/triton-%)
+	$(BIN)/python -m tests.gpu_compile --out benchmarks/results/triton-builds.json
+
 $(VENV)/torch:
 	$(PYTHON) -m venv $(VENV)
 	@echo "installing torch and the build tools (constraints.txt)"
@@ -55,9 +60,13 @@ $(VENV)/demo: $(VENV)/built
 	$(PIP) --no-build-isolation -e '.[demo]'
 	@touch $@
 
-$(VENV)/test: $(VENV)/built
+$(VENV)/test: $(VENV)/built $(VENV)/triton-3.6.0
 	$(PIP) --no-build-isolation -e '.[test,lint]'
 	@touch $@
+
+# A Triton beside the environment's own, for what compiles the kernels under several.
+$(VENV)/triton-%: | $(VENV)/torch
+	$(BIN)/python -m pip --disable-pip-version-check install -q --no-deps $(PIP_ARGS) --target $@ triton==$*
 
 $(VENV)/bench: $(VENV)/built
 	$(PIP) --no-build-isolation -e '.[bench]'

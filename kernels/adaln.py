@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pydiffuse.kernels.common import Case, Launch, Rows, cdiv, inner, narrow, power_of_2, run
+from pydiffuse.kernels.common import Launch, Rows, cdiv, inner, narrow, power_of_2, run
 
 MAX_FEATURES = 8192
 SEGMENT = 16  # tokens, at least
@@ -349,40 +349,3 @@ def modulate(y: Tensor, *args: Any) -> None:
 
 def modulate_backward(dx: Tensor, *args: Any) -> None:
     run(modulate_backward_launches(dx, *args), dx)
-
-
-def compile_cases() -> list[Case]:
-    """Representative variants of every kernel, for tests that compile them without a GPU."""
-
-    def launches(D: int, dtype: torch.dtype, norm: int, gated: bool) -> list[Launch]:
-        R, K = 64, 3
-        table = torch.empty(K, 3 if gated else 2, D)
-        rows = torch.zeros(R, dtype=torch.int32)
-
-        def one() -> Tensor:
-            return torch.empty(R, D, dtype=dtype)
-
-        def gate() -> Tensor | None:
-            return one() if gated else None
-
-        rest = (table, rows, norm, 1e-6, False)
-        return [
-            *modulate_launches(one(), gate(), one(), gate(), *rest),
-            *modulate_backward_launches(
-                one(), gate(), torch.empty_like(table), one(), gate(), one(), gate(), *rest
-            ),
-        ]
-
-    calls = {
-        "layer fp32 1152": launches(1152, torch.float32, 1, False),
-        "layer bf16 1152 gated": launches(1152, torch.bfloat16, 1, True),
-        "rms fp16 3072 gated": launches(3072, torch.float16, 2, True),
-        "none bf16 1000": launches(1000, torch.bfloat16, 0, False),
-        "layer bf16 5120 gated": launches(5120, torch.bfloat16, 1, True),
-        "layer fp32 8192 gated": launches(8192, torch.float32, 1, True),
-    }
-    return [
-        launch.case(f"{name}: {launch.kernel.fn.__name__}")
-        for name, some in calls.items()
-        for launch in some
-    ]

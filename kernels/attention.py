@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -44,8 +43,7 @@ from pydiffuse.kernels.attention_tile import (
     write,
     zeros,
 )
-from pydiffuse.kernels.common import Case, Launch, inner, run
-from pydiffuse.plans import TilePlan, frames, from_mask
+from pydiffuse.kernels.common import Launch, inner, integers, run, unspecialised
 
 
 @inner
@@ -97,7 +95,7 @@ def forward_kernel(
     VECTOR: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    B, H, group, head_plans, S = sizes
+    B, H, group, head_plans, S = integers(sizes)
     b, h, tile, first, last = block_of(side, B, H, head_plans, ROWS, PARTS)
     if PARTS > 1:
         if first >= last:
@@ -149,7 +147,7 @@ def forward_launches(out: Tensor, lse: Tensor | None, a: Arguments) -> list[Laun
     B, H, S, D = a.q.shape
     check_sides("tile_attention", (out, a.q, a.k, a.v), (lse,))
     tile, side = tile_of("forward", a), a.by_q
-    sizes = (B, H, H // a.k.shape[1], int(side.blocks.shape[0] > 1), S)
+    sizes = unspecialised(B, H, H // a.k.shape[1], int(side.blocks.shape[0] > 1), S)
     args = (
         heads(out), lse, heads(a.q), heads(a.k), heads(a.v), a.scales, a.scale, sizes, side_of(side),
         a.masks, a.plan.order,
@@ -183,38 +181,3 @@ def tile_attention_backward(
         dv.zero_()
     else:
         run(backward_launches(dq, dk, dv, dout, dlse, out, lse, Arguments.of(*args)), dq)
-
-
-def compile_cases() -> list[Case]:
-    """A head_dim of every kind, some with masks, for tests that compile them without a GPU."""
-
-    def launches(plan: TilePlan, D: int, dtype: torch.dtype, more: bool = False) -> list[Launch]:
-        def some(heads: int, length: int) -> Tensor:
-            return torch.empty(1, heads, length, D, dtype=dtype)
-
-        q, k, lse = some(2, plan.q_length), some(1, plan.k_length), torch.empty(1, 2, plan.q_length)
-        tensors = plan.tensors
-        if more:
-            tensors = tensors._replace(order=torch.empty(plan.q_length, dtype=torch.int32))
-        a = Arguments(q, k, k, torch.empty(2) if more else None, 0.1, tensors)
-        backward = backward_launches(q, k, k, q, lse if more else None, q, lse, a)
-        return forward_launches(q, lse if more else None, a) + backward
-
-    whole = frames(2, 200, 1)
-    masked = from_mask(torch.eye(130, dtype=torch.bool), 65)
-    calls = {}
-    for dtype, plain, others in (
-        (torch.bfloat16, (64, 128), (40, 96, 256)),
-        (torch.float32, (64,), (96, 256)),
-        (torch.float16, (), (8,)),
-    ):
-        name = str(dtype).removeprefix("torch.")
-        for D in plain:
-            calls[f"{name} {D}"] = launches(whole, D, dtype)
-        for D in others:
-            calls[f"{name} {D} masks, order"] = launches(masked, D, dtype, True)
-    return [
-        launch.case(f"{name}: {launch.kernel.fn.__name__}")
-        for name, some in calls.items()
-        for launch in some
-    ]

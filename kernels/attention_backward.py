@@ -39,10 +39,10 @@ from pydiffuse.kernels.attention_tile import (
     write,
     zeros,
 )
-from pydiffuse.kernels.common import INTERPRETED, Launch, cdiv, inner
+from pydiffuse.kernels.common import INTERPRETED, Launch, cdiv, inner, integers, unspecialised
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "S", "blocks"])
 def delta_kernel(
     delta,  # [B, H, S] float32
     dlse,  # [B, H, S] float32, or None
@@ -141,7 +141,7 @@ def dkv_kernel(
     VECTOR: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    B, Hk, group, head_plans, S = sizes
+    B, Hk, group, head_plans, S = integers(sizes)
     b, hk, tile, first, last = block_of(side, B, Hk, group * head_plans, ROWS, PARTS)
     if PARTS > 1:
         if first >= last:
@@ -241,7 +241,7 @@ def dq_kernel(
     VECTOR: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    B, H, group, head_plans, S = sizes
+    B, H, group, head_plans, S = integers(sizes)
     b, h, tile, first, last = block_of(side, B, H, head_plans, ROWS, PARTS)
     if PARTS > 1:
         if first >= last:
@@ -314,7 +314,7 @@ def backward_launches(
         (dq_kernel, "dq", (heads(dq),), a.by_q, H),
     ):
         tile = tile_of(name, a)
-        sizes = (B, owners, H // Hk, per_head, S)
+        sizes = unspecialised(B, owners, H // Hk, per_head, S)
         args = (*grads, *inputs, sizes, side_of(side), a.masks, a.plan.order)
         constants = tile.constants(D, vector)
         programs = side.blocks.shape[1] * constants["PARTS"] * B * owners

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pydiffuse.kernels.common import INTERPRETED, capability, inner, narrow
+from pydiffuse.kernels.common import INTERPRETED, capability, inner, integer, narrow, unspecialised
 from pydiffuse.plans.plan import BLOCK, PlanTensors, Spans
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -86,7 +86,7 @@ def tile_of(kernel: str, a: Arguments) -> Tile:
             return Tile(64, 32, 4, 2) if D <= 64 else Tile(64, 32, 8, 2, 256, None)
         return Tile(64, 32, 8, 2, 256 if D in (64, 128, 256) else 32, 255 if D <= 32 else None)
     if gpu < 100:
-        return next(tile for most, whole, tile in HOPPER[kernel] if D <= most and not (whole and masked))
+        return next(tile for most, whole, tile in HOPPER[kernel] if most >= D and not (whole and masked))
     if D <= 32:
         return Tile(64, 64, 4, 2)
     if kernel == "forward":
@@ -103,7 +103,7 @@ def tile_of(kernel: str, a: Arguments) -> Tile:
 HOPPER = {
     "forward": (
         (32, False, Tile(64, 64, 4, 2)), (56, False, Tile(64, 64, 4, 3)), (64, True, Tile(128, 64, 4, 3)),
-        (128, False, Tile(64, 64, 4, 3)), (256, False, Tile(64, 64, 8, 2)),
+        (128, False, Tile(64, 64, 4, 3)), (256, True, Tile(64, 64, 8, 2)), (256, False, Tile(64, 32, 8, 2)),
     ),
     "dq": (
         (32, False, Tile(64, 64, 4, 2)), (96, False, Tile(64, 64, 4, 3)), (128, False, Tile(64, 32, 4, 3)),
@@ -111,8 +111,8 @@ HOPPER = {
     ),
     "dkv": (
         (32, False, Tile(64, 64, 4, 2)), (56, False, Tile(64, 32, 4, 2)), (64, True, Tile(64, 64, 4, 3)),
-        (64, False, Tile(64, 32, 4, 2)), (96, False, Tile(128, 32, 8, 3)), (120, False, Tile(64, 32, 4, 2)),
-        (128, True, Tile(128, 32, 8, 3)), (128, False, Tile(64, 32, 4, 2)),
+        (64, False, Tile(64, 32, 4, 2)), (96, False, Tile(128, 32, 8, 3)), (120, True, Tile(64, 32, 4, 2)),
+        (120, False, Tile(64, 32, 8, 2)), (128, False, Tile(64, 32, 4, 2)),
     ),
     "dk": ((256, False, Tile(64, 32, 8, 2)),),
     "dv": ((256, False, Tile(64, 32, 8, 2)),),
@@ -136,7 +136,7 @@ def heads(t: Tensor) -> tuple[Tensor, int, int, int]:
 
 def side_of(spans: Spans) -> tuple[Any, ...]:
     """A plan's side as kernels take it: with its tiles, and its blocks of one head."""
-    return (*spans, spans.bounds.numel() - 1, spans.blocks.shape[1])
+    return (*spans, *unspecialised(spans.bounds.numel() - 1, spans.blocks.shape[1]))
 
 
 def check_sides(op: str, heads: Sequence[Tensor], rows: Sequence[Tensor | None]) -> None:
@@ -305,14 +305,14 @@ def block_of(side, batch, heads, head_plans, ROWS: tl.constexpr, PARTS: tl.const
     part, program = program % PARTS, program // PARTS
     h, program = program % heads, program // heads
     b, block = program % batch, program // batch
-    at = blocks + (h * head_plans * per_plan + block) * 3
+    at = blocks + (h * head_plans * integer(per_plan) + block) * 3
     tile, first, end = tl.load(at), tl.load(at + 1), tl.load(at + 2)
     return b.to(tl.int64), h.to(tl.int64), tile, first + part * ROWS, end
 
 
 @inner
 def spans_of(side, plan, tile):
-    at = side[1] + plan * (side[4] + 1) + tile
+    at = side[1] + plan * (integer(side[4]) + 1) + tile
     return tl.load(at), tl.load(at + 1)
 
 

@@ -17,8 +17,6 @@ from pydiffuse.layouts import ordered, samples_together
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 WARPS = 4
 CHUNKS = tl.constexpr(4 if INTERPRETED else 512)  # of a row, at most; a power of two
-TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
-TYPES |= {torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8"}
 
 
 def inner(function: Any) -> Any:
@@ -36,6 +34,26 @@ def narrow(y, dtype: tl.constexpr):
             bits = bits + 0x7FFF + (bits >> 16 & 1) & 0xFFFF0000
             y = bits.to(tl.float32, bitcast=True)
     return y.to(dtype)
+
+
+def unspecialised(*values: int) -> tuple[int, ...]:
+    """Sizes as kernels take them where one variant is to serve all: Triton specialises the integers of a
+    tuple where they are 1 or multiples of 16 (`do_not_specialize` does not reach them), and these are odd
+    and at least 3. `integer` and `integers` are the way back."""
+    return tuple(2 * value + 3 for value in values)
+
+
+@inner
+def integer(value):
+    return (value - 3) >> 1
+
+
+@inner
+def integers(values):
+    decoded = ()
+    for i in tl.static_range(len(values)):
+        decoded = decoded + (integer(values[i]),)
+    return decoded
 
 
 compiled_for: int | None = None
@@ -100,11 +118,6 @@ def check_doubles(op: str, *tensors: Tensor | None) -> None:
             raise ValueError(f"{op}: coefficients and statistics must be contiguous float64")
 
 
-Case = tuple[str, Any, dict[str, Any], dict[tuple[int, ...], Any], dict[str, Any]]
-"""A kernel to compile ahead of time: its name, and what triton.compile(ASTSource(kernel, signature,
-constexprs), target=..., options=options) takes."""
-
-
 class Launch(NamedTuple):
     kernel: Any
     programs: int
@@ -119,29 +132,6 @@ class Launch(NamedTuple):
     def options(self) -> dict[str, Any]:
         options = {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": self.fused}
         return options if self.registers is None else {**options, "maxnreg": self.registers}
-
-    def case(self, name: str) -> Case:
-        """The variant of the kernel that this launch would run."""
-        constexprs: dict[tuple[int, ...], Any] = {}
-
-        def type_of(value: Any, *path: int) -> Any:
-            if isinstance(value, tuple):
-                return tuple(type_of(v, *path, i) for i, v in enumerate(value))
-            if isinstance(value, Tensor):
-                return "*" + TYPES[value.dtype]
-            if value is None:
-                constexprs[path] = None
-                return "constexpr"
-            return "fp32" if isinstance(value, float) else "i32" if value < 2**31 else "i64"
-
-        signature = {}
-        for i, argument in enumerate(self.kernel.arg_names):
-            if argument in self.constants:
-                constexprs[(i,)] = self.constants[argument]
-                signature[argument] = "constexpr"
-            else:
-                signature[argument] = type_of(self.args[i], i)
-        return name, self.kernel, signature, constexprs, self.options
 
 
 def run(launches: Sequence[Launch], like: Tensor) -> None:

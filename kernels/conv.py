@@ -15,12 +15,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from pydiffuse.kernels.common import INTERPRETED, WARPS, Case, Launch, cdiv, inner, narrow, run
+from pydiffuse.kernels.common import INTERPRETED, WARPS, Launch, cdiv, inner, narrow, run
 from pydiffuse.kernels.partials import add_launch
 from pydiffuse.kernels.scan_tile import check_float, sequence_table, sigmoid
 
@@ -248,27 +247,3 @@ def causal_conv1d_backward(
     launches, turned = backward_launches(dx, dweight, dbias, dout, x, weight, *args)
     run(launches, dx)
     dweight.copy_(turned.T)
-
-
-def compile_cases() -> list[Case]:
-    """Representative variants of every kernel, for tests that compile them without a GPU."""
-
-    def tensors(dtype: torch.dtype, width: int, everything: bool) -> tuple[Any, ...]:
-        x, L = torch.empty(2, 1024, 1536, dtype=dtype), 1024
-        weight, bias = torch.empty(1536, width), torch.empty(1536) if everything else None
-        order = torch.zeros(L, dtype=torch.int32) if everything else None
-        offsets = torch.zeros(3, dtype=torch.int32) if everything else None
-        return x, weight, bias, order, offsets, everything
-
-    calls = {
-        "fp32 width 4 plain": (torch.float32, 4, False),
-        "bf16 width 4 with everything": (torch.bfloat16, 4, True),
-        "fp32 width 8 with everything": (torch.float32, 8, True),
-    }
-    cases = []
-    for name, call in calls.items():
-        x, weight, bias, *rest = tensors(*call)
-        launches = conv_launches(x, x, weight, bias, *rest)
-        launches += backward_launches(x, weight, bias, x, x, weight, bias, *rest)[0][:3]
-        cases += [launch.case(f"{name}: {launch.kernel.fn.__name__}") for launch in launches]
-    return cases

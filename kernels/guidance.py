@@ -20,13 +20,12 @@ from array import array
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from pydiffuse.autograd.guidance import EMIT_PREDICT, EMIT_STATE, EMIT_UPDATE
-from pydiffuse.kernels.common import WARPS, Case, Launch, Rows, check_doubles, power_of_2, run
+from pydiffuse.kernels.common import WARPS, Launch, Rows, check_doubles, power_of_2, run
 from pydiffuse.kernels.guidance_gram import (
     entries_of,
     gram_launches,
@@ -310,68 +309,3 @@ def mix(out: Sequence[Tensor], *args: Any) -> None:
 
 def gram(out: Tensor, sums: Tensor | None, preds: Sequence[Tensor]) -> None:
     run(gram_launches(out, sums, preds), out)
-
-
-def compile_cases() -> list[Case]:
-    """Representative variants of every kernel, for tests that compile them without a GPU."""
-    B, n = 2, 65536
-    f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
-    plain = (1.0, 1.0, 0.0, 0.0, 0.0, 1.0, 0.0)  # update and `original`; rescale and the rule's follow
-
-    def tensors(count: int, dtype: torch.dtype) -> list[Tensor]:
-        return [torch.empty(B, n, dtype=dtype) for _ in range(count)]
-
-    def doubles(*shape: int) -> Tensor:
-        return torch.empty(B, *shape, dtype=torch.float64)
-
-    def ruled(
-        name: str,
-        k: int,
-        own: tuple[float, ...],
-        dtype: torch.dtype,
-        rescale: float = 0.0,
-        extras: int = 0,
-        emit: int = EMIT_UPDATE,
-    ) -> list[Launch]:
-        x = [*tensors(extras, f32), None, None, None][:3]
-        params = (*plain, rescale, *own)
-        out = tensors(emit.bit_count(), f32 if extras else dtype)
-        code = RULES[name].code
-        return guide_launches(out, tensors(k, dtype), *x, code, params, rescale != 0, None, (), emit)
-
-    def gradient(
-        name: str, k: int, own: tuple[float, ...], dtype: torch.dtype, *columns: int
-    ) -> list[Launch]:
-        varied, params = doubles(len(columns)) if columns else None, (*plain, 0.0, *own)
-        rest = (RULES[name].code, params, 7 in columns, varied, columns)
-        return guide_backward_launches(
-            tensors(k, dtype), varied, tensors(1, dtype)[0], tensors(k, dtype), *rest
-        )
-
-    both = EMIT_UPDATE | EMIT_PREDICT
-    stated = EMIT_UPDATE | EMIT_STATE
-    calls = {
-        "tcfg fp32": ruled("tcfg", 2, (3.0,), f32),
-        "tcfg bf16": ruled("tcfg", 2, (3.0,), bf16),
-        "tcfg bf16 rescaled": ruled("tcfg", 2, (3.0,), bf16, 0.7),
-        "tcfg bf16 to x, history, noise, prediction": ruled("tcfg", 2, (3.0,), bf16, 0.0, 3, both),
-        "cfg fp16": ruled("cfg", 2, (3.0,), f16),
-        "apg bf16 with state": ruled("apg", 3, (3.0, 0.5, 2.0, -0.5), bf16, 0.7, 0, stated),
-        "slerp fp32": ruled("slerp", 2, (0.5,), f32),
-        "perp_neg bf16 of 8": ruled("perp_neg", 8, (3.0,) * 7, bf16),
-        "tcfg fp32 gradient": gradient("tcfg", 2, (3.0,), f32),
-        "tcfg bf16 gradient with scale, rescale": gradient("tcfg", 2, (3.0,), bf16, 7, 8),
-        "slerp fp32 gradient": gradient("slerp", 2, (0.5,), f32),
-        "apg bf16 gradient": gradient("apg", 3, (3.0, 0.5, 2.0, -0.5), bf16, 8),
-        "cfg bf16 gradient": gradient("cfg", 2, (3.0,), bf16),
-        "mix fp32 3 x 3": mix_launches(tensors(3, f32), tensors(3, f32), doubles(3, 3), doubles(3)),
-        "mix bf16 16 x 16": mix_launches(tensors(16, bf16), tensors(16, bf16), doubles(16, 16), None),
-        "gram fp32 of 3": gram_launches(doubles(3, 3), None, tensors(3, f32)),
-        "gram bf16 of 8 with sums": gram_launches(doubles(8, 8), doubles(8), tensors(8, bf16)),
-        "gram fp32 of 16 with sums": gram_launches(doubles(16, 16), doubles(16), tensors(16, f32)),
-    }
-    return [
-        launch.case(f"{name}: {launch.kernel.fn.__name__}")
-        for name, launches in calls.items()
-        for launch in launches
-    ]

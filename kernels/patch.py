@@ -21,17 +21,26 @@ import triton.language as tl
 from torch import Tensor
 
 from pydiffuse.autograd.patch import HISTORY, X
-from pydiffuse.grids import CONVERT, METHODS, NOISE, RESIDUAL
-from pydiffuse.kernels.common import WARPS, Case, Launch, cdiv, check_doubles, narrow, run
+from pydiffuse.grids import METHODS, RESIDUAL
+from pydiffuse.kernels.common import (
+    WARPS,
+    Launch,
+    cdiv,
+    check_doubles,
+    integers,
+    narrow,
+    run,
+    unspecialised,
+)
 from pydiffuse.kernels.patch_rules import coefficients
-from pydiffuse.kernels.patch_select import select_patches, select_patches_launches
+from pydiffuse.kernels.patch_select import select_patches
 
-__all__ = ["compile_cases", "mix_patches", "patch_loss", "select_patches"]
+__all__ = ["mix_patches", "patch_loss", "select_patches"]
 BLOCK = 1024
 MULTISTEP, RESIDUAL_OF = tl.constexpr(METHODS.index("multistep")), tl.constexpr(RESIDUAL)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def mix_patches_kernel(
     outs,  # each [B, n]
     terms,
@@ -63,7 +72,8 @@ def mix_patches_kernel(
     live = e < n
     if not WIDE:
         e = e.to(tl.int32)
-    _, planes, rows, columns = sizes
+    _, planes, rows, columns = integers(sizes)
+    strides = integers(strides)
     column, up = e % columns, e // columns
     row, up = up % rows, up // rows
     plane, channel = up % planes, up // planes
@@ -117,7 +127,7 @@ def mix_patches_kernel(
         tl.store(arrived + sample * count + at, there, mask=live & first)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "count", "blocks", "per_patch"])
 def errors_kernel(
     errors,  # [B, N] float64
     pred,
@@ -134,7 +144,7 @@ def errors_kernel(
     program = tl.program_id(0)
     sample = (program // blocks).to(tl.int64)
     p = program % blocks * PATCHES + tl.arange(0, PATCHES)
-    _, planes, rows, columns = sizes
+    _, planes, rows, columns = integers(sizes)
     across, down = columns // patch[2], rows // patch[1]
     corner = (p // across // down * patch[0]).to(tl.int64) * rows + p // across % down * patch[1]
     corner = corner * columns + p % across * patch[2]
@@ -154,7 +164,7 @@ def errors_kernel(
     tl.store(errors + sample * count + p, total, mask=p < count)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "per_patch"])
 def loss_kernel(
     loss,  # [B] float64
     errors,  # [B, N] float64
@@ -231,8 +241,8 @@ def mix_patches_launches(
     }
     args = (
         tuple(out), tuple(terms), arrived, t, t_next, t_last,
-        None if mask is None else mask.view(torch.uint8), scales, strides,
-        float(scale), float(eta), n, blocks, tuple(grid[:4]), tuple(grid[4:]),
+        None if mask is None else mask.view(torch.uint8), scales, unspecialised(*strides),
+        float(scale), float(eta), n, blocks, unspecialised(*grid[:4]), tuple(grid[4:]),
     )  # fmt: skip
     return [Launch(mix_patches_kernel, len(t) * blocks, args, constants, WARPS)]
 
@@ -249,7 +259,7 @@ def patch_loss_launches(
 ) -> list[Launch]:
     _images("patch_loss", (pred, target))
     check_doubles("patch_loss", loss, errors)
-    sizes, patch = tuple(grid[:4]), tuple(grid[4:])
+    sizes, patch = unspecialised(*grid[:4]), tuple(grid[4:])
     count, n = errors.shape[1], pred[0].numel()
     per_patch, patches = n // count, 32
     blocks = cdiv(count, patches)
@@ -271,55 +281,3 @@ def mix_patches(out: Sequence[Tensor], *args: Any) -> None:
 
 def patch_loss(loss: Tensor, *args: Any) -> None:
     run(patch_loss_launches(loss, *args), loss)
-
-
-def compile_cases() -> list[Case]:
-    """Representative variants of every kernel, for tests that compile them without a GPU."""
-    f32, bf16 = torch.float32, torch.bfloat16
-    B, N, grid = 2, 1024, (4, 1, 64, 64, 1, 2, 2)
-
-    def images(count: int, dtype: torch.dtype = f32) -> list[Tensor]:
-        return [torch.empty(B, 4, 64, 64, dtype=dtype) for _ in range(count)]
-
-    def table(dtype: torch.dtype = f32) -> Tensor:
-        return torch.empty(B, N, dtype=dtype)
-
-    def mixed(
-        rule: tuple[int, ...], out: list[Tensor], terms: list[Tensor], transposed: bool = False
-    ) -> list[Launch]:
-        steps = rule[0] < len(METHODS)
-        following = table() if steps or rule[0] == RESIDUAL else None
-        last = table() if rule[0] == METHODS.index("multistep") else None
-        arrived = table() if steps and not transposed else None
-        mask = table(torch.bool) if steps else None
-        return mix_patches_launches(
-            out, arrived, terms, table(), following, last, mask, None, grid, rule, 3.0, 1.0, transposed
-        )
-
-    calls = {
-        "euler fp32, guided": mixed((0, 0, 0, 0, 1, 7), images(1), images(3)),
-        "euler bf16, guided": mixed((0, 0, 0, 0, 1, 7), images(1), images(1) + images(2, bf16)),
-        "ddim fp32, trig": mixed((1, 2, 1, 1, 1, 3), images(1), images(2)),
-        "ancestral bf16, vp": mixed((2, 1, 1, 1, 1, 19), images(1, bf16), images(3, bf16)),
-        "multistep fp32": mixed((3, 1, 1, 1, 3, 15), images(2), images(4)),
-        "multistep fp32, gradient": mixed((3, 1, 1, 1, 15, 3), images(4), images(2), True),
-        "noise bf16": mixed((NOISE, 2, 1, 1, 3, 17), images(2, bf16), images(2, bf16)),
-        "convert fp32": mixed((CONVERT, 0, 1, 0, 1, 3), images(1), images(2)),
-        "residual fp32": mixed((RESIDUAL, 0, 0, 0, 3, 17), images(2), images(2)),
-        "patch_loss bf16": patch_loss_launches(
-            torch.empty(B, dtype=torch.float64), table(torch.float64), *images(2, bf16), table(), table(),
-            0.01, grid,
-        ),
-        "select_patches": select_patches_launches(
-            torch.empty(B, 100, dtype=torch.int64), torch.empty(B, N - 100, dtype=torch.int64), None, None,
-            table(), 100, None, None, 0.0,
-        ),
-        "dual_loop_t": select_patches_launches(
-            None, None, table(torch.bool), torch.empty(3, B, N), table(), 100, table(), None, 0.1
-        ),
-    }  # fmt: skip
-    return [
-        launch.case(f"{name}: {launch.kernel.fn.__name__}")
-        for name, launches in calls.items()
-        for launch in launches
-    ]

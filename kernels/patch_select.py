@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pydiffuse.kernels.common import WARPS, Launch, inner, run
+from pydiffuse.kernels.common import WARPS, Launch, inner, integers, run, unspecialised
 
 BLOCK = 1024
 
@@ -26,7 +26,7 @@ def keys(score, p, count):
     return tl.where(p < count, tl.where(s != s, 0, key), -1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts", "batch", "k"])
 def select_kernel(
     ids,  # [B, k] int64, or None
     rest,  # [B, N - k] int64, or None
@@ -44,6 +44,7 @@ def select_kernel(
     BLOCK: tl.constexpr,
 ):
     sample = tl.program_id(0).to(tl.int64)
+    strides = integers(strides)
     score += sample * count
     least = tl.zeros([1], tl.int64)
     for bit in range(32):
@@ -105,7 +106,21 @@ def select_patches_launches(
     flags = None if mask is None else mask.view(torch.uint8)
     parts = 0 if levels is None else len(levels)
     B, count = score.shape
-    args = (ids, rest, flags, levels, score, t, dts, strides, float(dt), parts, B, k, count)
+    args = (
+        ids,
+        rest,
+        flags,
+        levels,
+        score,
+        t,
+        dts,
+        unspecialised(*strides),
+        float(dt),
+        parts,
+        B,
+        k,
+        count,
+    )
     return [Launch(select_kernel, B, args, {"BLOCK": BLOCK}, WARPS)]
 
 

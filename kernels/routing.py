@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pydiffuse.kernels.common import Case, Launch, cdiv, narrow, power_of_2, run
+from pydiffuse.kernels.common import Launch, cdiv, narrow, power_of_2, run
 
 MAX_BLOCK = 2048  # features of a program
 
@@ -123,26 +123,3 @@ def gather_tokens(out: Tensor, *args: Any) -> None:
 
 def scatter_tokens(out: Tensor, *args: Any) -> None:
     run(scatter_launches(out, *args), out)
-
-
-def compile_cases() -> list[Case]:
-    """Representative variants of the kernel, for tests that compile it without a GPU."""
-    B, N, keep = 2, 64, 32
-    ids, gate = torch.zeros(B, keep, dtype=torch.int32), torch.empty(B, keep)
-
-    def some(count: int, n: int, dtype: torch.dtype) -> Tensor:
-        return torch.empty(B, count, n, dtype=dtype)
-
-    calls: dict[str, list[Launch]] = {}
-    for dtype, n in ((torch.float32, 1152), (torch.bfloat16, 5120), (torch.float16, 64)):
-        x, y, out = some(N, n, dtype), some(keep, n, dtype), some(N, n, dtype)
-        name = f"{str(dtype).removeprefix('torch.')} {n}"
-        calls[f"gather {name}"] = gather_launches(y, x, ids, None)
-        calls[f"scatter {name}"] = scatter_launches(out, x, y, ids, None)
-        calls[f"scatter in place, gate, {name}"] = scatter_launches(out, out, y, ids, gate)
-        calls[f"gate of the gradient, {name}"] = scatter_launches(out, x, None, ids, gate)
-    return [
-        launch.case(f"{name}: {launch.kernel.fn.__name__}")
-        for name, launches in calls.items()
-        for launch in launches
-    ]

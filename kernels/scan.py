@@ -15,13 +15,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from pydiffuse.calls.scan import ScanArguments
-from pydiffuse.kernels.common import WARPS, Case, Launch, cdiv, narrow, power_of_2, run
+from pydiffuse.kernels.common import WARPS, Launch, cdiv, integers, narrow, power_of_2, run
 from pydiffuse.kernels.scan_backward import Gradients, backward_launches
 from pydiffuse.kernels.scan_states import state_launches
 from pydiffuse.kernels.scan_tile import (
@@ -82,7 +81,7 @@ def walk_kernel(
     NL: tl.constexpr,
     DL: tl.constexpr,
 ):
-    L, D, K, S, chunks, groups, group_size, per_group, _batch = sizes
+    L, D, K, S, chunks, groups, group_size, per_group, _batch = integers(sizes)
     program = tl.program_id(0).to(tl.int64)
     blocks = groups * per_group
     group, _part, d, live = channels_of(program % blocks, per_group, group_size, DR, DL)
@@ -313,66 +312,3 @@ def update_launches(
 
 def selective_state_update(out: Tensor, *args: Any) -> None:
     run(update_launches(out, *args), out)
-
-
-def compile_cases() -> list[Case]:
-    """Representative variants of every kernel, for tests that compile them without a GPU."""
-    f32, bf16 = torch.float32, torch.bfloat16
-
-    def call(
-        dtype: torch.dtype, N: int, everything: bool, L: int = 1024, packed: bool = False
-    ) -> tuple[Any, ...]:
-        b, D, S = 2, 1536, 4
-
-        def tokens_like(*shape: int) -> Tensor:
-            return torch.empty(shape, dtype=dtype)
-
-        def params(*shape: int) -> Tensor | None:
-            return torch.empty(shape) if everything else None
-
-        u = tokens_like(b, L, D)
-        rows = [tokens_like(b, 1, 1, L, N) for _ in "BC"]
-        offsets = torch.zeros(S + 1, dtype=torch.int32) if packed else None
-        order = torch.zeros(1, L, dtype=torch.int32) if everything else None
-        z = u if everything else None
-        A, states = torch.empty(1, D, N), torch.empty(b, S, 1, D, N) if packed else None
-        more = (params(1, D), z, params(1, D), states, order, offsets, everything)
-        a = ScanArguments(u, u[:, None], A, *rows, *more)
-        return a, states, torch.empty(b, 1, cdiv(L, 64), D, N)
-
-    def forward(*args: Any) -> list[Launch]:
-        a, last, chunks = call(*args)
-        return scan_launches(torch.empty_like(a.u), last, chunks, a)
-
-    def backward(*args: Any) -> list[Launch]:
-        a, states, chunks = call(*args)
-        weights_ = [torch.empty(t.shape) for t in (a.B, a.C)]
-        out = Gradients(a.u, a.delta, a.A, *weights_, a.D, a.z, a.delta_bias, states)
-        return backward_launches(out, a.u, states, chunks, a)[:4]
-
-    def update(dtype: torch.dtype, N: int) -> list[Launch]:
-        x, rows, state = (
-            torch.empty(2, 1536, dtype=dtype),
-            torch.empty(2, 1, N, dtype=dtype),
-            torch.empty(2, 1536, N),
-        )
-        A, D = torch.empty(1536, N), torch.empty(1536)
-        return update_launches(x, state, x, x, A, rows, rows, D, x, D, True)
-
-    calls = {
-        "fp32 N 16 plain": forward(f32, 16, False),
-        "bf16 N 16 path, gate": forward(bf16, 16, True),
-        "bf16 N 16 path, gate, sequences": forward(bf16, 16, True, 1024, True),
-        "bf16 N 16 one chunk": forward(bf16, 16, False, 16),
-        "fp32 N 64 path, gate": forward(f32, 64, True)[:3],
-        "fp32 N 16 plain gradient": backward(f32, 16, False),
-        "bf16 N 16 path, gate, gradient": backward(bf16, 16, True),
-        "bf16 N 16 path, gate, sequences, gradient": backward(bf16, 16, True, 1024, True),
-        "fp32 N 64 path, gate, sequences, gradient": backward(f32, 64, True, 1024, True),
-        "bf16 N 16": update(bf16, 16),
-    }
-    return [
-        launch.case(f"{name}: {launch.kernel.fn.__name__}")
-        for name, launches in calls.items()
-        for launch in launches
-    ]

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pydiffuse.calls.scan import CHUNK as STEPS
 from pydiffuse.calls.scan import ScanArguments
-from pydiffuse.kernels.common import Launch, inner, narrow
+from pydiffuse.kernels.common import Launch, inner, integers, narrow
 from pydiffuse.kernels.partials import add_launch
 from pydiffuse.kernels.scan_states import state_launches
 from pydiffuse.kernels.scan_tile import (
@@ -111,7 +111,7 @@ def backward_kernel(
     NL: tl.constexpr,
     DL: tl.constexpr,
 ):
-    L, D, K, S, chunks, groups, group_size, per_group, batch = sizes
+    L, D, K, S, chunks, groups, group_size, per_group, batch = integers(sizes)
     program = tl.program_id(0).to(tl.int64) + first_program
     blocks = groups * per_group
     group, part, d, live = channels_of(program % blocks, per_group, group_size, DR, DL)

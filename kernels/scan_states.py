@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pydiffuse.calls.scan import ScanArguments
-from pydiffuse.kernels.common import WARPS, Launch, cdiv
+from pydiffuse.kernels.common import WARPS, Launch, cdiv, integers
 from pydiffuse.kernels.scan_tile import (
     CHUNK,
     LOG2E,
@@ -69,7 +69,7 @@ def local_kernel(
     NL: tl.constexpr,
     DL: tl.constexpr,
 ):
-    L, D, K, S, chunks, groups, group_size, per_group, _batch = sizes
+    L, D, K, S, chunks, groups, group_size, per_group, _batch = integers(sizes)
     program = tl.program_id(0).to(tl.int64)
     blocks = groups * per_group
     group, _part, d, live = channels_of(program % blocks, per_group, group_size, DR, DL)
@@ -137,7 +137,7 @@ def local_kernel(
         tl.store(sums + at * D + d, total, mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def carry_kernel(
     states,  # [B, K, chunks, D, N] float32: the ends, and then the states
     sums,  # [B, K, chunks, D] float32
@@ -150,7 +150,7 @@ def carry_kernel(
     REVERSE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    L, D, K, S, chunks, _groups, _group_size, _per_group, _batch = sizes
+    L, D, K, S, chunks, _groups, _group_size, _per_group, _batch = integers(sizes)
     program = tl.program_id(0).to(tl.int64)
     e = program % blocks * BLOCK + tl.arange(0, BLOCK)
     path = program // blocks % K

@@ -15,13 +15,22 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.standard import _sum_combine as add  # tl.sum is slow in the interpreter
 
 from pydiffuse.calls.scan import CHUNK as STEPS
 from pydiffuse.calls.scan import ScanArguments
-from pydiffuse.kernels.common import INTERPRETED, cdiv, inner, power_of_2
+from pydiffuse.kernels.common import INTERPRETED, cdiv, inner, power_of_2, unspecialised
+
+try:  # the interpreter knows this one by its name, and is fast at it
+    from triton.language.standard import _sum_combine as add
+except ImportError:
+
+    @triton.jit
+    def add(a, b):
+        return a + b
+
 
 LANES = 32
 # In a tile, at most: fewer than lanes, so that each lane loads a row of B or C for itself.
@@ -211,10 +220,12 @@ class Tile(NamedTuple):
 
     @classmethod
     def backward(cls, N: int) -> Tile:
-        """Four lanes share a channel's states: as many sums run over states as over channels."""
+        """Four lanes share a channel's states: as many sums run over states as over channels. Triton 3.6
+        keeps more alive than later ones: two channels a lane spill there."""
         states = min(power_of_2(N), STATES)
         NL = min(states, 4)
-        return cls(states // NL, 4 if INTERPRETED else 2, NL, LANES // NL)
+        few = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
+        return cls(states // NL, 4 if INTERPRETED else 1 if few else 2, NL, LANES // NL)
 
 
 class Sizes(NamedTuple):
@@ -250,7 +261,7 @@ class Sizes(NamedTuple):
     def args(self, tile: Tile) -> tuple[int, ...]:
         """What kernels take as `sizes`."""
         group, per_group = self.D // self.groups, self.per_group(tile)
-        return (
+        return unspecialised(
             self.L, self.D, self.K, self.sequences, self.chunks, self.groups, group, per_group, self.batch,
         )  # fmt: skip
 

@@ -148,6 +148,16 @@ def _why_no_code(device: int) -> str | None:
     )
 
 
+@torch.compiler.assume_constant_result
+def scan_backward_fits(device: int, states: int) -> bool:
+    """Whether the CUDA kernel of the scan's backward has the shared memory it needs on a GPU. Consumer cards
+    have 99 kB for a block, which is not enough beyond 16 states: Triton's takes its place there."""
+    module = importlib.import_module("pydiffuse._C")
+    needed = module.cuda_scan_backward_few if states <= 16 else module.cuda_scan_backward_many
+    properties: Any = torch.cuda.get_device_properties(device)  # torch does not declare this one
+    return needed <= properties.shared_memory_per_block_optin
+
+
 def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -228,6 +238,15 @@ def _gpu_backend(op: str, tensor: Tensor) -> str:
     if not built_cuda or "cuda" not in _declared(op):
         return "triton"
     return "triton" if _why_no_code(tensor.device.index or 0) else "cuda"
+
+
+def scan_backward_ops(op: str, tensor: Tensor, states: int) -> Any:
+    """`ops_for` of the scan's backward. What a forward saves serves the backward of any backend."""
+    ops = ops_for(op, tensor)
+    on_cuda = _forced is None and tensor.device.type == "cuda" and ops is torch.ops.pydiffuse
+    if on_cuda and not scan_backward_fits(tensor.device.index or 0, states):
+        return torch.ops.pydiffuse_triton
+    return ops
 
 
 def ops_for(op: str, tensor: Tensor) -> Any:

@@ -1,58 +1,52 @@
-"""The Triton kernels compiled without a GPU, on one core beside the tests, which wait for them at the end."""
+"""What the Triton kernels compile to without a GPU (tests/launched.py), on one core beside the tests, which
+wait for it at the end."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
-STEMS = sorted(
-    p.stem for p in (ROOT / "kernels").glob("*.py") if "def compile_cases" in p.read_text()
-)  # the others are inner functions of these
+STEMS = ("guidance", "scan", "conv", "attention", "patch", "adaln", "routing")
+PINNED = version("triton")
+OLDEST = "3.6.0"  # comes with torch 2.11
+WAYS = ("every case", "20 sizes")
 
-COMPILE_TRITON = """
-import importlib, json, re, subprocess, sys, tempfile
-from pathlib import Path
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-binaries = Path(triton.__file__).parent / "backends/nvidia/bin"
-from pydiffuse.kernels import common
-rows = []
-for capability in (80, 90, 100):
-    common.compiled_for = capability
-    cases = importlib.import_module(sys.argv[1]).compile_cases()
-    for name, kernel, signature, constexprs, options in cases:
-        source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs)
-        built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-        target = re.search(r"[.]target (sm_\\w+)", built.asm["ptx"])[1]
-        with tempfile.TemporaryDirectory() as folder:
-            ptx = Path(folder) / "kernel.ptx"
-            ptx.write_text(built.asm["ptx"])
-            ptxas = binaries / ("ptxas-blackwell" if capability >= 100 else "ptxas")
-            command = [ptxas, "-v", "--gpu-name", target, ptx, "-o", f"{folder}/out"]
-            told = subprocess.run(command, text=True, capture_output=True, check=True).stderr
-        spilled = sum(map(int, re.findall(r"(\\d+) bytes spill", told)))
-        rows.append((name, target, int(re.search(r"Used (\\d+) registers", told)[1]), spilled))
-print(json.dumps(rows))
-"""
+Job = tuple[str, str, str]  # Triton's version, stem, way
 
-_builds: dict[str, Future[subprocess.CompletedProcess[str]]] = {}
+_builds: dict[Job, Future[subprocess.CompletedProcess[str]]] = {}
 _running: list[subprocess.Popen[str]] = []
 _pool = ThreadPoolExecutor(1)
 
 
-def compile_triton(stem: str) -> subprocess.CompletedProcess[str]:
-    """All compile_cases of a stem; its output ends with JSON rows (name, target, registers, spilled bytes)."""
+def folder_of(triton: str) -> Path | None:
+    """Where a Triton beside the environment's own was installed (`pip install --no-deps --target`)."""
+    return None if triton == PINNED else Path(sys.prefix) / f"triton-{triton}"
+
+
+def missing(triton: str) -> str | None:
+    folder = folder_of(triton)
+    return f"{folder} has no Triton; `make test` installs it" if folder and not folder.exists() else None
+
+
+def compile_launches(
+    triton: str, stem: str, way: str = WAYS[0], capability: int = 90
+) -> subprocess.CompletedProcess[str]:
+    """What tests/launched.py says; its output is a JSON record."""
     with tempfile.TemporaryDirectory(prefix="pydiffuse-triton-") as cache:
         env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-        env |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": cache}
-        command = [sys.executable, "-c", COMPILE_TRITON, f"pydiffuse.kernels.{stem}"]
+        folders = [str(f) for f in (folder_of(triton), ROOT) if f]
+        env |= {"PYTHONPATH": os.pathsep.join(folders), "TRITON_CACHE_DIR": cache}
+        command = [sys.executable, "-m", "tests.launched", stem, f"--capability={capability}"]
+        command += ["--sizes"] if way == WAYS[1] else []
         pipe = subprocess.PIPE
         process = subprocess.Popen(command, env=env, cwd=ROOT, text=True, stdout=pipe, stderr=pipe)
         _running.append(process)
@@ -60,13 +54,19 @@ def compile_triton(stem: str) -> subprocess.CompletedProcess[str]:
         return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
-def start(stems: Iterable[str]) -> None:
-    for stem in stems:
-        _builds[stem] = _pool.submit(compile_triton, stem)
+def record_of(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
 
 
-def built(stem: str) -> subprocess.CompletedProcess[str]:
-    return _builds[stem].result()
+def start(jobs: Iterable[Job]) -> None:
+    for job in jobs:
+        if not missing(job[0]):
+            _builds[job] = _pool.submit(compile_launches, *job)
+
+
+def built(job: Job) -> subprocess.CompletedProcess[str]:
+    return _builds[job].result()
 
 
 def stop() -> None:

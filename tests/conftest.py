@@ -15,7 +15,7 @@ import torch
 
 from tests import compilers
 
-COMPILED = "test_triton_kernels_compile_without_spills"
+COMPILED = "test_triton_kernels_compile_as_launched"
 
 
 def pytest_collection_modifyitems(items):
@@ -26,7 +26,9 @@ def pytest_collection_modifyitems(items):
 def pytest_collection_finish(session):
     if not session.config.option.collectonly:
         compilers.start(
-            item.callspec.params["stem"] for item in session.items if item.originalname == COMPILED
+            tuple(item.callspec.params[name] for name in ("triton", "stem", "way"))
+            for item in session.items
+            if item.originalname == COMPILED
         )
 
 

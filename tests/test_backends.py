@@ -39,8 +39,6 @@ def test_every_declared_backend_has_its_room(op):
     }
     for backend in op.backends:
         assert (ROOT / rooms[backend]).exists(), f"{op.name} declares {backend}"
-    if "triton" in op.backends:
-        assert callable(importlib.import_module(f"pydiffuse.kernels.{op.stem}").compile_cases)
     for kernel in op.kernels:
         registered = torch._C._dispatch_has_kernel_for_dispatch_key
         assert registered(f"pydiffuse::{kernel}", "CPU")
@@ -99,6 +97,28 @@ def test_cuda_kernels_run_where_the_extension_has_code(monkeypatch, capability, 
     if backend == "triton":
         with pytest.raises(RuntimeError, match="PYDIFFUSE_CUDA_ARCHS={}{}".format(*capability)):
             _ops.set_backend("cuda")
+
+
+@pytest.mark.parametrize(
+    "kilobytes, states, backend", [(99, 16, "cuda"), (99, 17, "triton"), (163, 64, "cuda")]
+)
+def test_the_backward_of_a_scan_runs_where_it_fits(monkeypatch, kilobytes, states, backend):
+    """Beyond 16 states a block of the CUDA kernel needs more than a consumer card has."""
+    module = importlib.import_module("pydiffuse._C")
+    if not module.cuda_archs:
+        pytest.skip("this machine has no nvcc: the extension was built without CUDA")
+
+    class OnGpu:
+        device = torch.device("cuda", 0)
+
+    class Properties:
+        shared_memory_per_block_optin = kilobytes << 10
+
+    assert 48 << 10 < module.cuda_scan_backward_few <= 99 << 10 < module.cuda_scan_backward_many
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+    monkeypatch.setattr(_ops, "_missing", lambda backend: None)
+    expected = {"cuda": torch.ops.pydiffuse, "triton": torch.ops.pydiffuse_triton}[backend]
+    assert _ops.scan_backward_ops("selective_scan", OnGpu(), states) is expected
 
 
 def test_the_choice_of_a_backend_can_be_traced():

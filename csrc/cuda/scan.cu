@@ -49,3 +49,10 @@ STABLE_TORCH_LIBRARY_IMPL(pydiffuse, CUDA, m) {
 }
 
 }  // namespace pydiffuse
+
+extern "C" long long pydiffuse_scan_backward_shared(long long states) {
+  using namespace pydiffuse;
+  const auto floats =
+      states > 8 ? gradient_floats<4>(states > 4 * LANES) : gradient_floats<2>(false);
+  return static_cast<long long>(floats) * sizeof(float);
+}

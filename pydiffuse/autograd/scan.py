@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from pydiffuse._ops import ops_for
+from pydiffuse._ops import ops_for, scan_backward_ops
 from pydiffuse.autograd.functions import derive, second_derivative
 from pydiffuse.calls.scan import CHUNK, ScanArguments, dense, new_tokens
 
@@ -96,7 +96,7 @@ class SelectiveScanBackward(Function):
         dD, dbias, dinitial = maybe(args.D), maybe(args.delta_bias), maybe(args.initial)
         dz = None if args.z is None else new_tokens(args.z, args.z.shape, wide)
         dlast = None if dlast is None else dlast.float().contiguous()
-        ops_for(op, u).selective_scan_backward.default(
+        scan_backward_ops(op, u, args.A.shape[-1]).selective_scan_backward.default(
             du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial, dense_gradient(dy), dlast, chunks, *args
         )
         dz = None if dz is None or args.z is None else dz.to(args.z.dtype)
