@@ -19,6 +19,7 @@ lint: $(VENV)/test
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache | tail -n +11
 
 bench: $(VENV)/bench
 	$(BIN)/python -m benchmarks

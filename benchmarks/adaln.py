@@ -12,7 +12,7 @@ from torch import Tensor
 import pydiffuse
 from benchmarks.measure import Contender, copy_seconds, race, sets_for
 from benchmarks.row import Bar, Row
-from pydiffuse.reference import adaln as reference
+from pydiffuse.adaln import reference
 
 TOKENS, D, K = 5000, 1152, 5  # a DiT-XL sequence whose tokens have five noise levels
 

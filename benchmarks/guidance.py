@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map
 import pydiffuse
 from benchmarks.measure import Contender, copy_seconds, race, sets_for
 from benchmarks.row import Bar, Row
-from pydiffuse.reference import guidance as reference
+from pydiffuse.guidance import reference
 from tests.cases.guidance import CASES, Maker
 
 LARGE, SMALL, TINY = (1, 16, 21, 60, 104), (4, 4, 64, 64), (1, 4, 8, 8)

@@ -15,7 +15,7 @@ import pydiffuse
 from benchmarks.measure import Contender, copy_seconds, race, sets_for
 from benchmarks.row import Bar, Row
 from pydiffuse import samplers
-from pydiffuse.reference import patch as reference
+from pydiffuse.patch import reference
 from tests.cases.patch import CASES, Maker, with_gradients
 
 LATENT, PATCH, INNER = (16, 4, 64, 64), 2, 3

@@ -11,7 +11,7 @@ from torch import Tensor
 import pydiffuse
 from benchmarks.measure import Contender, race, sets_for
 from benchmarks.row import Bar, Row
-from pydiffuse.reference import routing as reference
+from pydiffuse.routing import reference
 
 SHAPE = (32, 256, 1152)  # a batch of DiT-XL at 256 x 256
 KEEP = 0.5

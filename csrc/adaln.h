@@ -5,7 +5,7 @@
 
 namespace pydiffuse {
 
-enum class Norm : int { none, layer, rms, count };  // as in pydiffuse/calls/adaln.py
+enum class Norm : int { none, layer, rms, count };  // as in pydiffuse/adaln/arguments.py
 
 // v = x, or v = x + gate branch;  y = norm(v) factor + shift.
 // Token i takes its shift, factor and gate from row[i] of the table.

@@ -14,7 +14,7 @@ constexpr int MAX_TERMS = MAX_PREDS + 3;   // predictions, x, history, noise
 constexpr int MAX_OUTS = MAX_PREDS;        // the backward writes a gradient for each prediction
 constexpr int MAX_PARAMS = 8 + MAX_PREDS;  // update, rule, one weight per prediction
 
-// The codes are those of pydiffuse/rules.py.
+// The codes are those of pydiffuse/_core/rules.py.
 enum class Rule : int {
   linear,
   cfg,

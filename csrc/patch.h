@@ -9,7 +9,7 @@
 
 namespace pydiffuse {
 
-// The codes are those of pydiffuse/grids.py.
+// The codes are those of pydiffuse/_core/grids.py.
 enum class Path : int { linear, vp, trig, count };
 enum class Kind : int { flow, v, eps, x1, count };
 enum class Method : int {

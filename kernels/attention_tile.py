@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pydiffuse._core.structs import BLOCK, PlanTensors, Spans
 from pydiffuse.kernels.common import INTERPRETED, capability, inner, integer, narrow, unspecialised
-from pydiffuse.plans.plan import BLOCK, PlanTensors, Spans
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pydiffuse.layouts import ordered, samples_together
+from pydiffuse._core.layouts import ordered, samples_together
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 WARPS = 4

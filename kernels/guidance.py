@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pydiffuse.autograd.guidance import EMIT_PREDICT, EMIT_STATE, EMIT_UPDATE
+from pydiffuse._core.rules import EMIT_PREDICT, EMIT_STATE, EMIT_UPDATE, RULES
 from pydiffuse.kernels.common import WARPS, Launch, Rows, check_doubles, power_of_2, run
 from pydiffuse.kernels.guidance_gram import (
     entries_of,
@@ -37,7 +37,6 @@ from pydiffuse.kernels.guidance_gram import (
 )
 from pydiffuse.kernels.guidance_mix import Mixture, mix_launches, stream
 from pydiffuse.kernels.guidance_rules import RESCALE, at, combinations, solve
-from pydiffuse.rules import RULES
 
 INLINE = 4  # predictions whose partials every program of guide_kernel adds by itself
 CURVED = {rule.code: rule.curved for rule in RULES.values()}

@@ -9,7 +9,7 @@ backward its derivatives.
 import triton
 import triton.language as tl
 
-from pydiffuse.autograd.guidance import EMIT_PREDICT, EMIT_STATE, EMIT_UPDATE
+from pydiffuse._core.rules import COMMON, EMIT_PREDICT, EMIT_STATE, EMIT_UPDATE, RULES, UPDATE
 from pydiffuse.kernels.common import inner
 from pydiffuse.kernels.dual import (
     add,
@@ -24,7 +24,6 @@ from pydiffuse.kernels.dual import (
     sine,
     sub,
 )
-from pydiffuse.rules import COMMON, RULES, UPDATE
 
 LINEAR = tl.constexpr(RULES["linear"].code)
 CFG = tl.constexpr(RULES["cfg"].code)

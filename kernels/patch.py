@@ -20,8 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pydiffuse.autograd.patch import HISTORY, X
-from pydiffuse.grids import METHODS, RESIDUAL
+from pydiffuse._core.grids import HISTORY, METHODS, RESIDUAL, X
 from pydiffuse.kernels.common import (
     WARPS,
     Launch,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import triton.language as tl
 
-from pydiffuse.grids import CONVERT, KINDS, METHODS, NOISE, PATHS, RESIDUAL
+from pydiffuse._core.grids import CONVERT, KINDS, METHODS, NOISE, PATHS, RESIDUAL
 from pydiffuse.kernels.common import inner
 
 LINEAR, VP, TRIG = map(tl.constexpr, range(len(PATHS)))

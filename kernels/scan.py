@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pydiffuse.calls.scan import ScanArguments
+from pydiffuse._core.structs import ScanArguments
 from pydiffuse.kernels.common import WARPS, Launch, cdiv, integers, narrow, power_of_2, run
 from pydiffuse.kernels.scan_backward import Gradients, backward_launches
 from pydiffuse.kernels.scan_states import state_launches

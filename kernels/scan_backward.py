@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pydiffuse.calls.scan import CHUNK as STEPS
-from pydiffuse.calls.scan import ScanArguments
+from pydiffuse._core.structs import CHUNK as STEPS
+from pydiffuse._core.structs import ScanArguments
 from pydiffuse.kernels.common import Launch, inner, integers, narrow
 from pydiffuse.kernels.partials import add_launch
 from pydiffuse.kernels.scan_states import state_launches

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pydiffuse.calls.scan import ScanArguments
+from pydiffuse._core.structs import ScanArguments
 from pydiffuse.kernels.common import WARPS, Launch, cdiv, integers
 from pydiffuse.kernels.scan_tile import (
     CHUNK,

@@ -19,8 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pydiffuse.calls.scan import CHUNK as STEPS
-from pydiffuse.calls.scan import ScanArguments
+from pydiffuse._core.structs import CHUNK as STEPS
+from pydiffuse._core.structs import ScanArguments
 from pydiffuse.kernels.common import INTERPRETED, cdiv, inner, power_of_2, unspecialised
 
 try:  # the interpreter knows this one by its name, and is fast at it

@@ -2,45 +2,61 @@
 
 The public ops of `pydiffuse.guidance`, `scan`, `conv`, `attention`, `patch`, `adaln` and `routing` are
 re-exported here; `pydiffuse.paths` has orders over tokens, `pydiffuse.plans` the tiles of an attention,
-`pydiffuse.nn` modules, `pydiffuse.samplers` loops over a user's model. `backends()` says what runs where.
+`pydiffuse.nn` modules, `pydiffuse.samplers` loops over a user's model, `pydiffuse.numpy` the ops without
+torch. `backends()` says what runs where. Everything is imported when it is first asked for.
 """
 
-from pydiffuse import _ops, paths, plans, samplers
-from pydiffuse._ops import backends, use_backend
-from pydiffuse.adaln import embed_t, gate_residual_modulate, modulate
-from pydiffuse.attention import entropy_scale, tile_attention
-from pydiffuse.conv import causal_conv1d
-from pydiffuse.guidance import (
-    apg,
-    cfg,
-    cfg_zero,
-    combine,
-    compose,
-    gram,
-    guide,
-    magnitude_aware,
-    perp_neg,
-    rescale,
-    slerp,
-    superpose,
-    tcfg,
-)
-from pydiffuse.patch import (
-    convert,
-    dual_loop_t,
-    next_t,
-    noise_patches,
-    patch_loss,
-    patch_step,
-    sample_t,
-    select_patches,
-)
-from pydiffuse.paths import ScanPath
-from pydiffuse.routing import channel_mask, gather_tokens, route, routed_linear, scatter_tokens
-from pydiffuse.scan import selective_scan, selective_state_update, zigzag_mamba_inner
+from typing import TYPE_CHECKING
+
+from pydiffuse._core.lazy import lazy
+from pydiffuse._core.table import PUBLIC as OPS
 from pydiffuse.version import __version__
 
-OPS = _ops.PUBLIC
+if TYPE_CHECKING:
+    from pydiffuse import integrations, nn, numpy, paths, plans, reference, samplers
+    from pydiffuse._core.dispatch import backends, use_backend
+    from pydiffuse.adaln import embed_t, gate_residual_modulate, modulate
+    from pydiffuse.attention import entropy_scale, tile_attention
+    from pydiffuse.conv import causal_conv1d
+    from pydiffuse.guidance import (
+        apg,
+        cfg,
+        cfg_zero,
+        combine,
+        compose,
+        gram,
+        guide,
+        magnitude_aware,
+        perp_neg,
+        rescale,
+        slerp,
+        superpose,
+        tcfg,
+    )
+    from pydiffuse.patch import (
+        convert,
+        dual_loop_t,
+        next_t,
+        noise_patches,
+        patch_loss,
+        patch_step,
+        sample_t,
+        select_patches,
+    )
+    from pydiffuse.paths import ScanPath
+    from pydiffuse.routing import channel_mask, gather_tokens, route, routed_linear, scatter_tokens
+    from pydiffuse.scan import selective_scan, selective_state_update, zigzag_mamba_inner
+
+_FAMILIES = ("adaln", "attention", "conv", "guidance", "patch", "routing", "scan")
+_MODULES = ("integrations", "nn", "numpy", "paths", "plans", "reference", "samplers")
+_NAMES = {
+    **{name: f"pydiffuse.{op.stem}" for name, op in OPS.items()},
+    "ScanPath": "pydiffuse.paths",
+    "backends": "pydiffuse._core.dispatch",
+    "entropy_scale": "pydiffuse.attention",
+    "use_backend": "pydiffuse._core.dispatch",
+}
+__getattr__, __dir__ = lazy("pydiffuse", _NAMES, (*_FAMILIES, *_MODULES))
 
 __all__ = [
     "OPS",
@@ -62,15 +78,19 @@ __all__ = [
     "gather_tokens",
     "gram",
     "guide",
+    "integrations",
     "magnitude_aware",
     "modulate",
     "next_t",
+    "nn",
     "noise_patches",
+    "numpy",
     "patch_loss",
     "patch_step",
     "paths",
     "perp_neg",
     "plans",
+    "reference",
     "rescale",
     "route",
     "routed_linear",

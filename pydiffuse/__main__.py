@@ -10,7 +10,7 @@ import platform
 import torch
 
 import pydiffuse
-from pydiffuse import _ops
+from pydiffuse._core import dispatch
 
 
 def info() -> None:
@@ -22,20 +22,20 @@ def info() -> None:
 
     print(f"pydiffuse {pydiffuse.__version__}, python {platform.python_version()}, {platform.machine()}")
     print(", ".join(f"{p} {version(p)}" for p in ("torch", "triton", "numpy")))
-    if _ops.built:
+    if dispatch.built:
         from pydiffuse import _host
 
         print(f"extension: built; CPU capability {_host.capability()}, {torch.get_num_threads()} threads")
-        print(f"CUDA kernels: {', '.join(_ops.cuda_archs()) or 'not built'}")
+        print(f"CUDA kernels: {', '.join(dispatch.cuda_archs()) or 'not built'}")
     else:
         print("extension: missing")
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     print(f"GPUs: {', '.join(devices) or 'none'}")
     table = pydiffuse.backends()
     width = max(map(len, table))
-    print("\nop".ljust(width + 1), *(b.ljust(10) for b in _ops.BACKENDS))
+    print("\nop".ljust(width + 1), *(b.ljust(10) for b in dispatch.BACKENDS))
     for op, row in table.items():
-        marks = ["ready" if row.get(b) == "ready" else "-" for b in _ops.BACKENDS]
+        marks = ["ready" if row.get(b) == "ready" else "-" for b in dispatch.BACKENDS]
         print(op.ljust(width), *(mark.ljust(10) for mark in marks))
     for backend, state in {b: s for row in table.values() for b, s in row.items()}.items():
         if state != "ready":

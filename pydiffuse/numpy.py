@@ -16,8 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from pydiffuse import _host
-from pydiffuse.calls.guidance import own_values
-from pydiffuse.rules import COMMON, MAX_PREDS, RULES, UPDATE, Rule
+from pydiffuse._core.rules import COMMON, MAX_PREDS, RULES, UPDATE, Rule, own_values
 
 Array = NDArray[Any]
 Scalar = float | ArrayLike
@@ -155,10 +154,7 @@ def guide(
     """x' = a x + b g + h history + s noise in one pass.  See pydiffuse.guide."""
     if rule not in RULES:
         raise ValueError(f"guide: unknown rule {rule!r}; accepted: {', '.join(RULES)}")
-    weights = parameters.get("weights")
-    if isinstance(weights, np.ndarray):
-        parameters["weights"] = list(weights.T if weights.ndim == 2 else weights)
-    values = own_values(RULES[rule], len(preds), parameters)
+    values = own_values(RULES[rule], len(preds), parameters, _columns)
     p, q = (0.0, 1.0) if predict is None else predict
     emit = 1 | (2 if predict is not None else 0)
     if rule == "apg" and parameters.get("momentum") is not None:
@@ -185,6 +181,8 @@ def _arrays(op: str, arrays: Sequence[Any]) -> list[Array]:
 
 def _columns(op: str, weights: Any, count: int) -> tuple[Any, ...]:
     """One weight for each of `count` predictions, from a sequence or the columns of (B, count)."""
+    if not isinstance(weights, Sequence | np.ndarray):
+        raise TypeError(f"{op}: weights is {weights!r}; accepted: {count} numbers, or (B, {count})")
     columns = tuple(weights.T if isinstance(weights, np.ndarray) and weights.ndim == 2 else weights)
     if len(columns) != count:
         raise ValueError(f"{op}: weights holds {len(columns)} values; accepted: {count}")

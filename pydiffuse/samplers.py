@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pydiffuse.grids import PatchSize, count_patches, patch_sizes
+from pydiffuse._core.grids import PatchSize, count_patches, patch_sizes
 from pydiffuse.patch import dual_loop_t, next_t, patch_step, select_patches
 
 Progress = Callable[[int, Tensor, Tensor], None] | None

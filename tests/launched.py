@@ -114,14 +114,14 @@ def spills(kernel: Any) -> int:
 def compiling(capability: int) -> Iterator[Launches]:
     """Within it `use_backend("triton")` takes CPU tensors and compiles for a GPU of this capability."""
     driver.set_active(StandIn(capability))
-    from pydiffuse import _ops
-    from pydiffuse._schemas import STEMS as STEM_OF
+    from pydiffuse._core import dispatch
+    from pydiffuse._core.schemas import STEMS as STEM_OF
     from pydiffuse.kernels import common
 
     assert not common.INTERPRETED, "unset TRITON_INTERPRET"
-    _ops._interpreted = lambda: True  # as in the interpreter, CPU tensors pass
+    dispatch._interpreted = lambda: True  # as in the interpreter, CPU tensors pass
     for name, stem in STEM_OF.items():
-        _ops._libraries["pydiffuse_triton"].impl(name, _ops._launcher(name, stem), "CPU")
+        dispatch._libraries["pydiffuse_triton"].impl(name, dispatch._launcher(name, stem), "CPU")
     launches = Launches()
     common.compiled_for = capability
     for path in sorted(Path(common.__file__).parent.glob("*.py")):

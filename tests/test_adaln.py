@@ -10,7 +10,7 @@ from torch.autograd import gradcheck
 from torch.utils._pytree import tree_map
 
 import pydiffuse as pd
-from pydiffuse import _ops
+from pydiffuse._core import dispatch
 from tests.cases.adaln import CASES, SHAPES, TOLERANCE, Maker
 from tests.helpers import (
     DEVICE,
@@ -260,7 +260,7 @@ def test_raw_ops_refuse_too():
 
 
 def test_a_backend_that_an_op_lacks(monkeypatch):
-    monkeypatch.setattr(_ops, "_forced", "cuda")
+    monkeypatch.setattr(dispatch, "_forced", "cuda")
     with pytest.raises(ValueError, match=r"modulate.*'cuda'.*triton"):
         pd.modulate(X, TABLE, ROWS)
 
@@ -269,10 +269,10 @@ def test_on_a_gpu_triton_serves_ops_without_cuda_kernels(monkeypatch):
     class OnGpu:
         device = torch.device("cuda")
 
-    monkeypatch.setattr(_ops, "built_cuda", True)
-    monkeypatch.setattr(_ops, "_missing", lambda backend: None)
-    assert _ops.ops_for("modulate", OnGpu()) is torch.ops.pydiffuse_triton
-    assert _ops.ops_for("tcfg", OnGpu()) is torch.ops.pydiffuse
+    monkeypatch.setattr(dispatch, "built_cuda", True)
+    monkeypatch.setattr(dispatch, "_missing", lambda backend: None)
+    assert dispatch.ops_for("modulate", OnGpu()) is torch.ops.pydiffuse_triton
+    assert dispatch.ops_for("tcfg", OnGpu()) is torch.ops.pydiffuse
 
 
 def test_embedding_of_distinct_times():

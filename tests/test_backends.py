@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import inspect
 import os
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 import pydiffuse
-from pydiffuse import _ops
+from pydiffuse._core import dispatch
 from tests.cases import CASES
 
 ROOT = Path(__file__).parent.parent
@@ -32,7 +33,7 @@ def test_every_declared_backend_has_its_room(op):
     assert [p for p in mine if p not in ignored] == [p for p in its if p not in ignored]
     assert getattr(pydiffuse, op.name).__doc__ and reference.__doc__
     rooms = {
-        "reference": f"pydiffuse/reference/{op.stem}.py",
+        "reference": f"pydiffuse/{op.stem}/reference.py",
         "cpu": f"csrc/cpu/{op.stem}.cpp",
         "cuda": f"csrc/cuda/{op.stem}.cu",
         "triton": f"kernels/{op.stem}.py",
@@ -48,6 +49,29 @@ def test_every_declared_backend_has_its_room(op):
             sources = "".join(p.read_text() for p in sorted((ROOT / door).glob(f"{op.stem}*")))
             assert f'm.impl("{kernel}"' in sources, f"{door} registers no {kernel}"
     assert any(case.op == op.name for case in CASES), f"no case of {op.name} in the table"
+
+
+def test_kernels_import_the_core_alone():
+    """They are linked into the package, where import-linter does not look."""
+    for path in sorted((ROOT / "kernels").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            ours = [n for n in names if n.startswith("pydiffuse")]
+            assert all(n.startswith(("pydiffuse._core.", "pydiffuse.kernels.")) for n in ours), path
+
+
+def test_lazy_names_are_all_there():
+    """`import pydiffuse` imports neither torch nor a family; every public name is found when asked for."""
+    code = """
+import sys, pydiffuse
+import pydiffuse.numpy
+assert "torch" not in sys.modules
+for name in pydiffuse.__all__: getattr(pydiffuse, name)
+assert pydiffuse.nn.ZigzagMamba and pydiffuse.plans.search and pydiffuse.scan.reference
+assert set(pydiffuse.__all__) <= set(dir(pydiffuse))
+"""
+    assert not (done := python(code)).returncode, done.stderr
 
 
 def test_every_public_function_is_in_the_table():
@@ -87,16 +111,16 @@ def test_cuda_kernels_run_where_the_extension_has_code(monkeypatch, capability, 
     class OnGpu:
         device = torch.device("cuda", 0)
 
-    monkeypatch.setattr(_ops, "built_cuda", True)
-    monkeypatch.setattr(_ops, "cuda_archs", lambda: ["80", "90a", "100"])
+    monkeypatch.setattr(dispatch, "built_cuda", True)
+    monkeypatch.setattr(dispatch, "cuda_archs", lambda: ["80", "90a", "100"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     expected = {"cuda": torch.ops.pydiffuse, "triton": torch.ops.pydiffuse_triton}[backend]
-    assert _ops.ops_for("tcfg", OnGpu()) is expected
+    assert dispatch.ops_for("tcfg", OnGpu()) is expected
     if backend == "triton":
         with pytest.raises(RuntimeError, match="PYDIFFUSE_CUDA_ARCHS={}{}".format(*capability)):
-            _ops.set_backend("cuda")
+            dispatch.set_backend("cuda")
 
 
 @pytest.mark.parametrize(
@@ -116,18 +140,18 @@ def test_the_backward_of_a_scan_runs_where_it_fits(monkeypatch, kilobytes, state
 
     assert 48 << 10 < module.cuda_scan_backward_few <= 99 << 10 < module.cuda_scan_backward_many
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
-    monkeypatch.setattr(_ops, "_missing", lambda backend: None)
+    monkeypatch.setattr(dispatch, "_missing", lambda backend: None)
     expected = {"cuda": torch.ops.pydiffuse, "triton": torch.ops.pydiffuse_triton}[backend]
-    assert _ops.scan_backward_ops("selective_scan", OnGpu(), states) is expected
+    assert dispatch.scan_backward_ops("selective_scan", OnGpu(), states) is expected
 
 
 def test_the_choice_of_a_backend_can_be_traced():
     """On a GPU, or where a backend is missing, Dynamo meets all of it."""
-    asked = _ops._missing("cuda"), _ops._missing("triton"), _ops._why_no_code(0)
+    asked = dispatch._missing("cuda"), dispatch._missing("triton"), dispatch._why_no_code(0)
 
     @torch.compile(fullgraph=True, backend="eager")
     def step(x):
-        told = _ops._missing("cuda"), _ops._missing("triton"), _ops._why_no_code(0)
+        told = dispatch._missing("cuda"), dispatch._missing("triton"), dispatch._why_no_code(0)
         return x + sum(t is None for t in told), told
 
     y, told = step(torch.zeros(2))
@@ -137,14 +161,14 @@ def test_the_choice_of_a_backend_can_be_traced():
 def test_use_backend_nests_and_restores():
     seen = []
     with pydiffuse.use_backend("reference"):
-        seen.append(_ops._forced)
+        seen.append(dispatch._forced)
         with pydiffuse.use_backend(None):
-            seen.append(_ops._forced)
-        seen.append(_ops._forced)
+            seen.append(dispatch._forced)
+        seen.append(dispatch._forced)
         with pytest.raises(ZeroDivisionError), pydiffuse.use_backend("cpu"):
             raise ZeroDivisionError
-        seen.append(_ops._forced)
-    assert [*seen, _ops._forced] == ["reference", None, "reference", "reference", None]
+        seen.append(dispatch._forced)
+    assert [*seen, dispatch._forced] == ["reference", None, "reference", "reference", None]
 
 
 def python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -158,7 +182,7 @@ def python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_environment_chooses_the_backend():
-    code = "import pydiffuse; from pydiffuse import _ops; print(_ops._forced)"
+    code = "from pydiffuse._core import dispatch; print(dispatch._forced)"
     assert python(code, PYDIFFUSE_BACKEND="reference").stdout.strip() == "reference"
     wrong = python(code, PYDIFFUSE_BACKEND="fast")
     assert wrong.returncode and "'fast'" in wrong.stderr and "triton" in wrong.stderr
@@ -172,6 +196,7 @@ sys.modules["pydiffuse._C"] = None
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     import torch, pydiffuse
+    pydiffuse.cfg
 told = [w for w in caught if "extension is missing" in str(w.message)]
 assert len(told) == 1 and "pip install" in str(told[0].message), caught
 c = torch.ones(1, 4)

@@ -12,7 +12,7 @@ import torch
 from torch.utils._pytree import tree_map
 
 import pydiffuse as pd
-from pydiffuse.grids import KINDS, METHODS, PATHS, count_patches, grid_of, patch_sizes
+from pydiffuse._core.grids import KINDS, METHODS, PATHS, count_patches, grid_of, patch_sizes
 from tests import helpers
 from tests.cases.patch import (
     CASES,

@@ -8,8 +8,8 @@ from torch.autograd import gradcheck
 from torch.utils._pytree import tree_map
 
 import pydiffuse as pd
-from pydiffuse import _ops
-from pydiffuse.grids import RESIDUAL
+from pydiffuse._core import dispatch
+from pydiffuse._core.grids import RESIDUAL
 from tests.cases.patch import CASES, DIFFERENTIABLE, MIXES, Maker, takes_gradient, with_gradients
 from tests.helpers import DEVICE, GPU, leaves, relative_error, run
 from tests.test_patch import values_and_gradients
@@ -137,7 +137,7 @@ def test_opcheck():
         (ops.select_patches.default, (None, None, None, m.table().expand(3, -1, -1).contiguous(), m.table(), 2, *tables[:2], 0.0)),
     ]  # fmt: skip
     assert {op.name().split("::")[1] for op, _ in calls} == {
-        name for name, stem in _ops.STEMS.items() if stem == "patch"
+        name for name, stem in dispatch.STEMS.items() if stem == "patch"
     }
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     for op, args in calls:

@@ -8,7 +8,7 @@ from torch.autograd import gradcheck
 from torch.utils._pytree import tree_map
 
 import pydiffuse
-from pydiffuse import _ops
+from pydiffuse._core import dispatch
 from pydiffuse.paths import zigzag
 from tests.cases.conv import CASES as CONV_CASES
 from tests.cases.scan import CASES, ScanMaker, Size
@@ -97,7 +97,7 @@ def test_opcheck():
         ops.causal_conv1d.default: (out, *conv),
         ops.causal_conv1d_backward.default: (*grads, dout, *conv),
     }  # fmt: skip
-    mine = {name for name, stem in _ops.STEMS.items() if stem in ("scan", "conv")}
+    mine = {name for name, stem in dispatch.STEMS.items() if stem in ("scan", "conv")}
     assert {op.name().split("::")[1] for op in calls} == mine
     for op, args in calls.items():
         torch.library.opcheck(op, args, test_utils=CHECKS)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from pydiffuse import plans
 from pydiffuse.plans import SearchResult
-from pydiffuse.plans.search import relative_error
+from pydiffuse.search import relative_error
 from tests.helpers import DEVICE, check_refused
 
 CANDIDATES = [
@@ -167,7 +167,7 @@ def test_measured(monkeypatch):
     """By seconds, not by pairs: here the sparser plan is the slower one."""
     import importlib
 
-    module = importlib.import_module("pydiffuse.plans.search")
+    module = importlib.import_module("pydiffuse.search")
     seconds = {CANDIDATES[1]: 5.0, CANDIDATES[2]: 2.0, CANDIDATES[0]: 9.0, plans.dense(32): 8.0}
     clock = [0.0]
     monkeypatch.setattr(module.time, "perf_counter", lambda: clock[0])
@@ -194,7 +194,7 @@ def test_heads_together_slower_than_dense(monkeypatch):
     """Each head's plan is faster than dense by itself, both in one plan are not."""
     import importlib
 
-    module = importlib.import_module("pydiffuse.plans.search")
+    module = importlib.import_module("pydiffuse.search")
     whole = plans.dense(32)
     cost = {whole: 8.0, CANDIDATES[1]: 4.0, CANDIDATES[3]: 5.0}
     monkeypatch.setattr(module._Search, "_cost", lambda self, plan, layer: cost.get(plan, together))

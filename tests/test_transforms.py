@@ -8,7 +8,7 @@ from torch.autograd import gradcheck
 from torch.utils._pytree import tree_map
 
 import pydiffuse
-from pydiffuse import _ops
+from pydiffuse._core import dispatch
 from tests.cases.guidance import CASES, Maker
 from tests.helpers import (
     DEVICE,
@@ -104,7 +104,7 @@ def test_opcheck():
         ops.gram.default: (G, sums, p),
     }
     assert {op.name().split("::")[1] for op in calls} == {
-        name for name, stem in _ops.STEMS.items() if stem == "guidance"
+        name for name, stem in dispatch.STEMS.items() if stem == "guidance"
     }
     for op, args in calls.items():
         torch.library.opcheck(op, args, test_utils=CHECKS)

@@ -1,4 +1,4 @@
-// The torch door of the causal convolution on CUDA. Schemas stand in pydiffuse/_schemas.py.
+// The torch door of the causal convolution on CUDA. Schemas stand in pydiffuse/_core/schemas.py.
 #include "../torch/conv_args.h"
 #include "conv.cuh"
 

@@ -1,4 +1,4 @@
-// The torch door of adaptive layer norm on the CPU. Schemas stand in pydiffuse/_schemas.py.
+// The torch door of adaptive layer norm on the CPU. Schemas stand in pydiffuse/_core/schemas.py.
 #include "../cpu/adaln_call.h"
 #include "tensors.h"
 

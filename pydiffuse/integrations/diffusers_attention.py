@@ -20,8 +20,8 @@ from typing import Any
 from diffusers.models import attention_dispatch
 from torch import Tensor
 
+from pydiffuse._core.checks import describe
 from pydiffuse.attention import tile_attention
-from pydiffuse.checks import describe
 from pydiffuse.plans import TilePlan
 
 OP = "attention_plan"

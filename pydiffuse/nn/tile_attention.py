@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pydiffuse._core.checks import check_flag, describe
+from pydiffuse._core.structs import MAX_HEAD_DIM
 from pydiffuse.attention import tile_attention
-from pydiffuse.calls.attention import MAX_HEAD_DIM
-from pydiffuse.checks import check_flag, describe
 from pydiffuse.plans import TilePlan
 
 Rotary = tuple[Tensor, Tensor]

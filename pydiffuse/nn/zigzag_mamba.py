@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pydiffuse.calls.scan import MAX_STATES, PathLike, path_of
-from pydiffuse.conv import MAX_WIDTH
+from pydiffuse._core.structs import MAX_STATES, MAX_WIDTH
 from pydiffuse.paths import ScanPath
+from pydiffuse.paths.steps import PathLike, path_of
 from pydiffuse.scan import zigzag_mamba_inner
 
 

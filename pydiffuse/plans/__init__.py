@@ -19,14 +19,22 @@ sparsest plan of every layer within an error. The same arguments give the same o
 make the plan outside of the compiled function.
 """
 
+from typing import TYPE_CHECKING
+
+from pydiffuse._core.lazy import lazy
 from pydiffuse.plans.combine import per_head, union
 from pydiffuse.plans.joint import joint
 from pydiffuse.plans.masks import from_block_mask, from_mask
 from pydiffuse.plans.patterns import block_causal, causal, dense, frames, groups, local
 from pydiffuse.plans.plan import TilePlan
 from pydiffuse.plans.results import LayerChoice, SearchResult
-from pydiffuse.plans.search import search
 from pydiffuse.plans.sliding import sliding_tile
+
+if TYPE_CHECKING:
+    from pydiffuse.search import search
+
+# It calls tile_attention, which needs plans.
+__getattr__, __dir__ = lazy("pydiffuse.plans", {"search": "pydiffuse.search"})
 
 __all__ = [
     "LayerChoice",

@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from pydiffuse.checks import describe
+from pydiffuse._core.checks import describe
 from pydiffuse.plans.arguments import check_eager
-from pydiffuse.plans.plan import TilePlan, make_plan
+from pydiffuse.plans.plan import TilePlan, form, make_plan
 from pydiffuse.plans.rows import FULL, Entries, entries_of, recut, tiles_of
 
 
+@form
 def per_head(plans: Sequence[TilePlan]) -> TilePlan:
     """Head h follows plans[h]. Where all are equal, that plan itself, which serves any number of heads.
 
@@ -38,6 +39,7 @@ def _per_head(plans: tuple[TilePlan, ...]) -> TilePlan:
     return make_plan("per_head", [("plans", plans)], np.diff(q_bounds), np.diff(k_bounds), rows, order)
 
 
+@form
 def union(plans: Sequence[TilePlan]) -> TilePlan:
     """A query sees a key where one of the plans lets it: a local window and a few global tokens, say.
 

@@ -12,28 +12,19 @@ from __future__ import annotations
 import base64
 import json
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from torch import Tensor
 
-from pydiffuse.plans.combine import per_head, union
-from pydiffuse.plans.joint import joint
-from pydiffuse.plans.patterns import block_causal, dense, frames, groups, local
-from pydiffuse.plans.plan import TRANSPOSED, TilePlan, given_plan, make_plan
 from pydiffuse.plans.rows import FULL, Tiles
-from pydiffuse.plans.sliding import sliding_tile
+
+if TYPE_CHECKING:
+    from pydiffuse.plans.plan import TilePlan
 
 FORMAT, VERSION = "pydiffuse.plan", 1
-FORMS: dict[str, Callable[..., TilePlan]] = {
-    form.__name__: form
-    for form in (block_causal, dense, frames, groups, joint, local, per_head, sliding_tile, union)
-}
-"""Constructors whose arguments, the plan's parameters, say all."""
-
 DAMAGED = (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
 """What reading raises where a file is not what was written."""
 
@@ -47,41 +38,18 @@ class Arrays(NamedTuple):
     order: np.ndarray | None
 
 
-def arrays_of(plan: TilePlan) -> Arrays | None:
-    """None for a closed form."""
-    if plan.name in FORMS:
-        return None
-    return Arrays(plan.q_bounds, plan.k_bounds, plan.rows, plan.places())
-
-
-def rebuild(name: str, parameters: tuple[tuple[str, Any], ...], arrays: Arrays | None) -> TilePlan:
-    if arrays is None:
-        return FORMS[name](**dict(parameters))
-    lengths = np.diff(arrays.q_bounds), np.diff(arrays.k_bounds)
-    if _has_digest(parameters):
-        return given_plan(name, *lengths, arrays.rows, arrays.order)
-    return make_plan(name, parameters, *lengths, arrays.rows, arrays.order)
-
-
-def _has_digest(parameters: Iterable[tuple[str, Any]]) -> bool:
-    return [key for key, _ in parameters] == ["digest"]
-
-
-def restore(
-    name: str, parameters: tuple[tuple[str, Any], ...], anchor: Tensor, arrays: Arrays | None
-) -> TilePlan:
-    """For copies and pickles. anchor: an empty tensor on the plan's device."""
-    return rebuild(name, parameters, arrays).to(anchor.device)
+Rebuild = Callable[[str, dict[str, Any], Arrays | None], "TilePlan"]
+"""A plan from its name, its parameters and, where it is no closed form, its arrays."""
 
 
 def save_plan(plan: TilePlan, path: str | PathLike[str]) -> None:
     write(path, FORMAT, VERSION, {"plan": to_json(plan)})
 
 
-def load_plan(path: str | PathLike[str]) -> TilePlan:
+def load_plan(path: str | PathLike[str], rebuild: Rebuild) -> TilePlan:
     content = read(path, FORMAT, VERSION)
     try:
-        return from_json(content["plan"])
+        return from_json(content["plan"], rebuild)
     except DAMAGED as error:
         raise ValueError(f"TilePlan.load: {path} holds no plan: {error}") from error
 
@@ -112,15 +80,15 @@ def _no_constant(name: str) -> Any:
 
 
 def to_json(plan: TilePlan) -> dict[str, Any]:
-    if TRANSPOSED in plan.parameters:
+    if plan.is_transposed:
         return {"transposed": to_json(plan.transpose())}
     found: dict[str, Any] = {"name": plan.name, "parameters": _plain(dict(plan.parameters))}
-    arrays = arrays_of(plan)
+    arrays = plan.arrays()
     if arrays is not None:
-        if not _has_digest(plan.parameters):
+        if not plan.has_digest:
             raise ValueError(
                 f"{plan!r} is neither a closed form nor known by its tiles; accepted in a file: closed forms"
-                f" ({', '.join(sorted(FORMS))}) and plans from masks"
+                " and plans from masks"
             )
         rows = arrays.rows
         found["arrays"] = {
@@ -137,23 +105,14 @@ def to_json(plan: TilePlan) -> dict[str, Any]:
     return found
 
 
-def from_json(given: dict[str, Any]) -> TilePlan:
+def from_json(given: dict[str, Any], rebuild: Rebuild) -> TilePlan:
     """One of DAMAGED where `given` is not what `to_json` makes."""
     if "transposed" in given:
-        return from_json(given["transposed"]).transpose()
-    name, parameters = given["name"], {k: _values(v) for k, v in given["parameters"].items()}
-    if "arrays" not in given:
-        if name not in FORMS:
-            raise ValueError(f"a plan named {name!r}; this pydiffuse knows {', '.join(sorted(FORMS))}")
-        return FORMS[name](**parameters)
-    # A plan is equal to others of its name and parameters: those must say, or be made of, its tiles.
-    if name in FORMS or not _has_digest(parameters.items()):
-        raise ValueError(
-            f"a plan {name!r} of {', '.join(parameters) or 'no parameters'} with arrays; accepted with them: a"
-            " digest, and a name that is no closed form's"
-        )
-    plan = rebuild(name, tuple(parameters.items()), _arrays(given["arrays"]))
-    if dict(plan.parameters) != parameters:
+        return from_json(given["transposed"], rebuild).transpose()
+    parameters = {k: _values(v, rebuild) for k, v in given["parameters"].items()}
+    arrays = _arrays(given["arrays"]) if "arrays" in given else None
+    plan = rebuild(given["name"], parameters, arrays)
+    if arrays is not None and dict(plan.parameters) != parameters:
         raise ValueError(
             f"the tiles have the {dict(plan.parameters)}, not the {parameters}: it is damaged"
         )
@@ -161,17 +120,17 @@ def from_json(given: dict[str, Any]) -> TilePlan:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, TilePlan):
-        return {"plan": to_json(value)}
     if isinstance(value, dict):
         return {k: _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, tuple) else value
+    if isinstance(value, tuple):
+        return [_plain(v) for v in value]
+    return value if isinstance(value, str | int | float | None) else {"plan": to_json(value)}
 
 
-def _values(value: Any) -> Any:
+def _values(value: Any, rebuild: Rebuild) -> Any:
     if isinstance(value, dict):
-        return from_json(value["plan"])
-    return tuple(_values(v) for v in value) if isinstance(value, list) else value
+        return from_json(value["plan"], rebuild)
+    return tuple(_values(v, rebuild) for v in value) if isinstance(value, list) else value
 
 
 def _coded(data: bytes) -> str:

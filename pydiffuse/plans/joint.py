@@ -10,7 +10,7 @@ import numpy as np
 
 from pydiffuse.plans.arguments import check_eager, check_tiles, check_tokens, count
 from pydiffuse.plans.combine import entries_over, for_heads, joined
-from pydiffuse.plans.plan import TilePlan, make_plan
+from pydiffuse.plans.plan import TilePlan, form, make_plan
 from pydiffuse.plans.rows import FULL, Entries, ranges, tiles_of
 
 OP = "joint"
@@ -27,6 +27,7 @@ class Modality(NamedTuple):
     k_bounds: np.ndarray
 
 
+@form
 def joint(
     modalities: Mapping[str, int | TilePlan],
     sees: Mapping[str, Sequence[str]] | None = None,

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pydiffuse.checks import describe
-from pydiffuse.modes import real_tensors
+from pydiffuse._core.checks import describe
+from pydiffuse._core.modes import real_tensors
 from pydiffuse.plans.arguments import check_eager, count, counts
 from pydiffuse.plans.plan import TilePlan, given_plan
 from pydiffuse.plans.rows import FULL, Entries, Tiles, row_starts, tiles_of

@@ -7,14 +7,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pydiffuse.checks import check_flag
+from pydiffuse._core.checks import check_flag
 from pydiffuse.plans.arguments import check_eager, check_tiles, check_tokens, count, counts
-from pydiffuse.plans.plan import TilePlan, make_plan
+from pydiffuse.plans.plan import TilePlan, form, make_plan
 from pydiffuse.plans.rows import FULL, Tiles, ranges, row_starts
 
 BLOCKS = "larger blocks or a window keep fewer"
 
 
+@form
 def dense(length: int, k_length: int | None = None) -> TilePlan:
     """Every query sees every key: one tile."""
     check_eager("dense")
@@ -35,6 +36,7 @@ def _full_rows(per_row: np.ndarray, tiles: np.ndarray) -> Tiles:
     return Tiles(row_starts(per_row[None]), tiles.astype(np.int32), np.full(len(tiles), FULL, np.int32))
 
 
+@form
 def frames(num_frames: int, tokens_per_frame: int, references: int, text: int = 0) -> TilePlan:
     """Efficient-vDiT's attention tile (arXiv 2502.06155): a frame sees itself and the reference frames, and
     the reference frames see and are seen by all.
@@ -76,6 +78,7 @@ def _frames(num_frames: int, tokens_per_frame: int, references: int, text: int) 
     return make_plan("frames", parameters, lengths, lengths, _full_rows(per_row, kept))
 
 
+@form
 def groups(lengths: Sequence[int], k_lengths: Sequence[int] | None = None) -> TilePlan:
     """Several sequences in one: queries of group i see the keys of group i and no others.
 
@@ -100,6 +103,7 @@ def _groups(lengths: tuple[int, ...], k_lengths: tuple[int, ...]) -> TilePlan:
     return make_plan("groups", parameters, q[q > 0], k[k > 0], rows)
 
 
+@form
 def block_causal(
     num_blocks: int,
     block: int | Sequence[int],
@@ -156,6 +160,7 @@ def _block_causal(lengths: tuple[int, ...], window: int | None, sinks: int, clea
     return make_plan("block_causal", parameters, tiles, tiles, _full_rows(runs.sum(1), kept))
 
 
+@form
 def local(length: int, window: int, *, causal: bool = False, tile: int = 128) -> TilePlan:
     """Token i sees token j where |i - j| <= window; with `causal`, only where j <= i, too.
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from os import PathLike
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pydiffuse.plans.arguments import count
-from pydiffuse.plans.plan import TilePlan
 from pydiffuse.plans.rows import FULL
+
+if TYPE_CHECKING:
+    from pydiffuse.plans.plan import TilePlan
 
 PAPER, WHOLE, KEPT, LEFT, EDGE = (
     (245, 245, 243), (38, 70, 122), (224, 122, 47), (250, 222, 197), (255, 255, 255)

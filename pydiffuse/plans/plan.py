@@ -13,24 +13,22 @@ backward.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from os import PathLike
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pydiffuse.modes import real_tensors
+from pydiffuse._core.modes import real_tensors
+from pydiffuse._core.structs import PlanTensors
+from pydiffuse.plans import files, pictures
 from pydiffuse.plans.arguments import check_eager, check_tokens
 from pydiffuse.plans.rows import FULL, Tiles, digest_of, entries_of, simplified, transposed
-from pydiffuse.plans.tensors import BLOCK, PlanTensors, Spans, plan_tensors
-
-__all__ = [
-    "BLOCK", "FULL", "TRANSPOSED", "PlanTensors", "Spans", "TilePlan", "Tiles", "given_plan", "make_plan",
-]  # fmt: skip
+from pydiffuse.plans.tensors import plan_tensors
 
 TRANSPOSED = ("transposed", True)
 """Among a plan's parameters: its queries and keys are swapped."""
@@ -61,17 +59,17 @@ class TilePlan:
     k_length: int = field(init=False, compare=False)
     heads: int = field(init=False, compare=False)
     """1 where all heads share the plan, else the number of heads it is for."""
-    _transposed: bool = field(init=False, compare=False)
+    is_transposed: bool = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
         for name, value in (
             ("q_length", int(self.q_bounds[-1])),
             ("k_length", int(self.k_bounds[-1])),
             ("heads", self.rows.starts.shape[0]),
-            ("_transposed", TRANSPOSED in self.parameters),
+            ("is_transposed", TRANSPOSED in self.parameters),
         ):
             object.__setattr__(self, name, value)
-        self._kin[self._transposed, self.device] = self
+        self._kin[self.is_transposed, self.device] = self
 
     @property
     def device(self) -> torch.device:
@@ -93,7 +91,7 @@ class TilePlan:
         device = torch.device(device)
         if device.index is None and device.type != "cpu":
             device = torch.empty(0, device=device).device
-        found = self._kin.get((self._transposed, device))
+        found = self._kin.get((self.is_transposed, device))
         if found is not None:
             return found
         # Dynamo cannot trace real_tensors(). What its graphs make is real; within inference mode it refuses
@@ -107,10 +105,10 @@ class TilePlan:
 
     def transpose(self) -> TilePlan:
         """Queries and keys swapped: who is seen by whom. plan.transpose().transpose() is plan."""
-        found = self._kin.get((not self._transposed, self.device))
+        found = self._kin.get((not self.is_transposed, self.device))
         if found is None:
             parameters = tuple(p for p in self.parameters if p != TRANSPOSED)
-            parameters += () if self._transposed else (TRANSPOSED,)
+            parameters += () if self.is_transposed else (TRANSPOSED,)
             rows = transposed(self.rows, len(self.k_bounds) - 1)
             tensors = plan_tensors(rows, self.k_bounds, self.q_bounds, self.places())
             found = TilePlan(
@@ -159,53 +157,92 @@ class TilePlan:
             dense = dense[:, place][:, :, place]
         return torch.from_numpy(dense)
 
+    @property
+    def has_digest(self) -> bool:
+        """No parameters describe the plan: its tiles' digest tells it apart."""
+        return [key for key, _ in self.parameters] == ["digest"]
+
+    def arrays(self) -> files.Arrays | None:
+        """What there is to a plan that is no closed form; None for a closed form."""
+        if self.name in FORMS:
+            return None
+        return files.Arrays(self.q_bounds, self.k_bounds, self.rows, self.places())
+
     def summary(self) -> str:
         """A few lines of text: tokens, tiles, density, the speed-up it allows, memory."""
-        from pydiffuse.plans.pictures import summary
-
-        return summary(self)
+        return pictures.summary(self)
 
     def picture(self, size: int = 512, head: int = 0) -> np.ndarray:
         """uint8 [h, w, 3], the longer side `size` pixels: queries down, keys to the right, by position.
 
         Dark: whole tiles; orange: elements that masks keep; light orange: those they leave out.
         """
-        from pydiffuse.plans.pictures import picture
-
-        return picture(self, size, head)
+        return pictures.picture(self, size, head)
 
     def save_picture(self, path: str | PathLike[str], size: int = 512, head: int = 0) -> None:
         """`picture` as a file, of the kind its suffix says. Needs Pillow."""
-        from pydiffuse.plans.pictures import save_picture
-
-        save_picture(self, path, size, head)
+        pictures.save_picture(self, path, size, head)
 
     def save(self, path: str | PathLike[str]) -> None:
         """As JSON: a closed form by its name and parameters, another plan with its tiles."""
-        from pydiffuse.plans.files import save_plan
-
-        save_plan(self, path)
+        files.save_plan(self, path)
 
     @staticmethod
     def load(path: str | PathLike[str]) -> TilePlan:
         """What `save` wrote. ValueError where the file is no plan, or damaged."""
-        from pydiffuse.plans.files import load_plan
-
-        return load_plan(path)
+        return files.load_plan(path, read_plan)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Copies and pickles find the plan they came from, on the device that torch.load maps to.
-        from pydiffuse.plans.files import arrays_of, restore
-
-        if self._transposed:
+        if self.is_transposed:
             return TilePlan.transpose, (self.transpose(),)
         anchor = torch.empty(0, dtype=torch.int32, device=self.device)
-        return restore, (self.name, self.parameters, anchor, arrays_of(self))
+        return _restore, (self.name, self.parameters, anchor, self.arrays())
 
     def __repr__(self) -> str:
         given = "".join(f", {k}={v!r}" for k, v in self.parameters)
         heads = f", {self.heads} heads" if self.heads > 1 else ""
         return f"TilePlan({self.name!r}{given}, {self.q_length} x {self.k_length}{heads})"
+
+
+Form = TypeVar("Form", bound=Callable[..., TilePlan])
+FORMS: dict[str, Callable[..., TilePlan]] = {}
+"""Constructors whose arguments, the plan's parameters, say all."""
+
+
+def form(constructor: Form) -> Form:
+    """A closed form: its plans are saved and copied by name and parameters."""
+    FORMS[constructor.__name__] = constructor
+    return constructor
+
+
+def rebuild(name: str, parameters: tuple[tuple[str, Any], ...], arrays: files.Arrays | None) -> TilePlan:
+    if arrays is None:
+        return FORMS[name](**dict(parameters))
+    lengths = np.diff(arrays.q_bounds), np.diff(arrays.k_bounds)
+    if [key for key, _ in parameters] == ["digest"]:
+        return given_plan(name, *lengths, arrays.rows, arrays.order)
+    return make_plan(name, parameters, *lengths, arrays.rows, arrays.order)
+
+
+def read_plan(name: str, parameters: dict[str, Any], arrays: files.Arrays | None) -> TilePlan:
+    """`rebuild` of what a file says. A plan is equal to others of its name and parameters: those must say,
+    or be made of, its tiles."""
+    if arrays is None and name not in FORMS:
+        raise ValueError(f"a plan named {name!r}; this pydiffuse knows {', '.join(sorted(FORMS))}")
+    if arrays is not None and (name in FORMS or list(parameters) != ["digest"]):
+        raise ValueError(
+            f"a plan {name!r} of {', '.join(parameters) or 'no parameters'} with arrays; accepted with them: a"
+            " digest, and a name that is no closed form's"
+        )
+    return rebuild(name, tuple(parameters.items()), arrays)
+
+
+def _restore(
+    name: str, parameters: tuple[tuple[str, Any], ...], anchor: Tensor, arrays: files.Arrays | None
+) -> TilePlan:
+    """For copies and pickles. anchor: an empty tensor on the plan's device."""
+    return rebuild(name, parameters, arrays).to(anchor.device)
 
 
 _GIVEN: weakref.WeakValueDictionary[tuple[str, Any], TilePlan] = weakref.WeakValueDictionary()

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from pydiffuse.plans.arguments import count
 from pydiffuse.plans.files import DAMAGED, from_json, read, to_json, write
-from pydiffuse.plans.plan import TilePlan
+from pydiffuse.plans.plan import TilePlan, read_plan
 
 FORMAT, VERSION = "pydiffuse.search", 1
 T = TypeVar("T")
@@ -115,7 +115,7 @@ class SearchResult:
         """What `save` wrote. ValueError where the file is something else, or damaged."""
         content = read(path, FORMAT, VERSION)
         try:
-            plans = [from_json(given) for given in content["plans"]]
+            plans = [from_json(given, read_plan) for given in content["plans"]]
             layers = [
                 LayerChoice(
                     plans[count("a layer", "plan", given["plan"], 0, len(plans) - 1)],

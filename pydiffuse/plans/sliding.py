@@ -9,12 +9,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from pydiffuse.plans.arguments import check_eager, check_tiles, check_tokens, count, counts
-from pydiffuse.plans.plan import TilePlan, make_plan
+from pydiffuse.plans.plan import TilePlan, form, make_plan
 from pydiffuse.plans.rows import FULL, Tiles, row_starts
 
 OP = "sliding_tile"
 
 
+@form
 def sliding_tile(
     grid: Sequence[int], tile: Sequence[int], window: Sequence[int], *, text: int = 0
 ) -> TilePlan:

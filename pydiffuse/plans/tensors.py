@@ -3,43 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pydiffuse.modes import real_tensors
+from pydiffuse._core.modes import real_tensors
+from pydiffuse._core.structs import BLOCK, PlanTensors, Spans
 from pydiffuse.plans.arguments import check_eager
 from pydiffuse.plans.rows import FULL, Tiles, entries_of, ranges, row_starts
-
-BLOCK = 128
-"""Rows of a block of work at most: queries in the forward, queries or keys in the backward."""
-
-
-class Spans(NamedTuple):
-    """One side's tiles and what they see of the other side."""
-
-    bounds: Tensor  # int32 [T + 1]: tile t is rows bounds[t] .. bounds[t + 1]
-    starts: Tensor  # int32 [P, T + 1]: tile t of head p sees spans starts[p, t] .. starts[p, t + 1]
-    spans: Tensor  # int32 [n, 3]: begin and end along the other side, ascending; a mask, or FULL
-    blocks: Tensor  # int32 [P, blocks, 3]: tile, first row, end; what sees most comes first
-
-
-class PlanTensors(NamedTuple):
-    """A plan as the ops take it. P is 1, or a plan for each head."""
-
-    bounds: Tensor
-    starts: Tensor
-    spans: Tensor
-    blocks: Tensor
-    k_bounds: Tensor
-    k_starts: Tensor
-    k_spans: Tensor
-    k_blocks: Tensor
-    words: Tensor  # int32: the masks' bits; a row of queries is cdiv(keys of the tile, 32) words
-    mask_at: Tensor  # int64 [masks]: a mask's first word
-    order: Tensor | None  # int32 [S]: position p is token order[p]
 
 
 def plan_tensors(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from pydiffuse.grids import PatchSize, count_patches, patch_sizes
+from pydiffuse._core.grids import PatchSize, count_patches, patch_sizes
 from tests.table import Case, Draws, Tolerance
 
 TOLERANCE = {

@@ -10,8 +10,9 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask
 
 from pydiffuse import plans
+from pydiffuse._core.structs import BLOCK
 from pydiffuse.plans import TilePlan
-from pydiffuse.plans.plan import BLOCK, FULL
+from pydiffuse.plans.rows import FULL
 
 EXAMPLES = {
     "dense": lambda: plans.dense(9, 5),

@@ -1,0 +1,189 @@
+"""Argument checks that every op shares: each error names the op, the argument, what came, what fits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from pydiffuse._core import dispatch
+from pydiffuse._core.layouts import new_like, samples_together
+from pydiffuse._core.rules import MAX_PREDS
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def describe(value: object) -> str:
+    if not isinstance(value, Tensor):
+        return f"a {type(value).__name__}"
+    return f"a {value.dtype} tensor {tuple(value.shape)} on {value.device}"
+
+
+def alike(tensors: Sequence[Tensor]) -> bool:
+    """The common case in a microsecond: every tensor is like the first."""
+    first = tensors[0]
+    if not isinstance(first, Tensor):
+        return False
+    shape, dtype, device = first.shape, first.dtype, first.device
+    for t in tensors[1:]:
+        if not (isinstance(t, Tensor) and t.shape == shape and t.dtype is dtype and t.device == device):
+            return False
+    return True
+
+
+def check_tensors(op: str, argument: str, tensors: Sequence[Tensor], *, same_dtype: bool = True) -> None:
+    """Tensors [B, ...] of an accepted dtype, alike in shape, device and, as asked, dtype."""
+    if not tensors:
+        raise ValueError(f"{op}: {argument} is empty; accepted: 1 to {MAX_PREDS} tensors")
+    if len(tensors) > MAX_PREDS + 3:
+        raise ValueError(f"{op}: {argument} holds {len(tensors)} tensors; accepted: 1 to {MAX_PREDS}")
+    first = tensors[0]
+    if alike(tensors) and first.dtype in DTYPES and first.dim() > 0:
+        return
+    for t in tensors:
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{op}: {argument} holds {describe(t)}; accepted: tensors [B, ...]")
+        if t.dtype not in DTYPES and not (t.dtype is torch.float64 and dispatch.forced_reference()):
+            more = (
+                '; float64 runs inside `with pydiffuse.use_backend("reference")`'
+                if t.dtype is torch.float64
+                else ""
+            )
+            raise TypeError(
+                f"{op}: {argument} holds {describe(t)}; accepted: float32, bfloat16, float16{more}"
+            )
+        if t is first:
+            continue
+        if t.shape != first.shape or t.device != first.device or (same_dtype and t.dtype != first.dtype):
+            raise ValueError(
+                f"{op}: {argument} must be alike in shape, device{' and dtype' if same_dtype else ''};"
+                f" given {describe(first)} and {describe(t)}"
+            )
+    if first.dim() == 0:
+        raise ValueError(f"{op}: {argument} has no batch dimension; accepted: tensors [B, ...]")
+
+
+def check_scalar(op: str, argument: str, value: float | Tensor, like: Tensor) -> Tensor:
+    """A number, or a float tensor with one value or one per sample; returned as (B,)."""
+    if not isinstance(value, Tensor):
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise TypeError(f"{op}: {argument} is {describe(value)}; accepted: a number or a (B,) tensor")
+        return torch.full((len(like),), float(value), dtype=torch.float64, device=like.device)
+    B = len(like)
+    if value.dim() > 1 or (value.dim() == 1 and len(value) != B):
+        raise ValueError(
+            f"{op}: {argument} has shape {tuple(value.shape)}; accepted: a number or ({B},),"
+            " a value per sample"
+        )
+    if not value.is_floating_point():
+        raise TypeError(f"{op}: {argument} is {describe(value)}; accepted: a number or a float tensor")
+    if value.device != like.device and value.dim() == 1:
+        raise ValueError(f"{op}: {argument} is on {value.device}; the predictions are on {like.device}")
+    return value.to(like.device).expand(B)
+
+
+def check_outs(
+    op: str, outs: Sequence[Tensor], likes: Sequence[Tensor], inputs: Sequence[Tensor]
+) -> None:
+    """Each output is like its tensor in shape, dtype and device, and shares memory with nothing, or
+    with an input position by position."""
+    if len(outs) != len(likes):
+        raise ValueError(f"{op}: out holds {len(outs)} tensors; accepted: {len(likes)}")
+    for i, (out, like) in enumerate(zip(outs, likes, strict=True)):
+        argument = "out" if len(outs) == 1 else f"out[{i}]"
+        fits = isinstance(out, Tensor) and out.shape == like.shape
+        if not fits or out.dtype != like.dtype or out.device != like.device:
+            raise ValueError(f"{op}: {argument} is {describe(out)}; accepted: {describe(like)}")
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            continue
+        for other in outs[:i]:
+            if _overlap(out, other):
+                raise ValueError(
+                    f"{op}: {argument} shares memory with another output; each needs its own"
+                )
+        for t in inputs:
+            if t is out or not _overlap(t, out):
+                continue
+            if t.data_ptr() != out.data_ptr() or t.stride() != out.stride() or t.dtype != out.dtype:
+                raise ValueError(
+                    f"{op}: {argument} overlaps an input without being that input; give it its own memory"
+                )
+
+
+def _extent(t: Tensor) -> tuple[int, int]:
+    start = t.data_ptr()
+    if t.is_contiguous():
+        return start, start + t.nbytes
+    span = 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+    return start, start + span * t.element_size()
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    (a0, a1), (b0, b1) = _extent(a), _extent(b)
+    return a0 < b1 and b0 < a1 and a.numel() > 0 and b.numel() > 0 and a.device == b.device
+
+
+def check_no_grad(op: str, tensors: Sequence[Tensor]) -> None:
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        raise ValueError(
+            f"{op}: out= takes no part in autograd, and an input requires a gradient;"
+            " leave out= away, or call under torch.no_grad()"
+        )
+
+
+@contextmanager
+def writable(out: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Tensors the kernels can write: `out` itself where one order of memory serves all of it, else
+    fresh ones that are copied over at the end."""
+    like = out[0] if samples_together(out[0]) else new_like(out[0])
+    inner = like.stride()[1:]
+    targets = [
+        o if samples_together(o) and o.stride()[1:] == inner else new_like(like, o.dtype) for o in out
+    ]
+    yield targets
+    for o, target in zip(out, targets, strict=True):
+        if o is not target:
+            o.copy_(target)
+
+
+def check_flag(op: str, argument: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{op}: {argument} is {value!r}; accepted: True or False")
+
+
+def check_shape(
+    op: str,
+    argument: str,
+    t: object,
+    sizes: Sequence[int | None],
+    names: str,
+    *,
+    like: Tensor | None = None,
+    dtypes: Sequence[torch.dtype] = DTYPES,
+) -> None:
+    """A tensor of the sizes (None: any) that `names` spells out, of one of `dtypes`, on like's device.
+
+    Inside `use_backend("reference")` float64 passes, too.
+    """
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{op}: {argument} is {describe(t)}; accepted: a tensor {names}")
+    fits = t.dim() == len(sizes) and all(
+        want is None or have == want for have, want in zip(t.shape, sizes, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join("any" if s is None else str(s) for s in sizes)
+        raise ValueError(f"{op}: {argument} is {describe(t)}; accepted: {names}, here ({wanted})")
+    if t.dtype not in dtypes and not (
+        dispatch.forced_reference() and (t.dtype is torch.float64 or t.is_complex())
+    ):
+        accepted = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+        more = (
+            '; float64 runs inside `with pydiffuse.use_backend("reference")`'
+            if t.dtype is torch.float64
+            else ""
+        )
+        raise TypeError(f"{op}: {argument} is {describe(t)}; accepted: {accepted}{more}")
+    if like is not None and t.device != like.device:
+        raise ValueError(f"{op}: {argument} is on {t.device}; the input is on {like.device}")

@@ -1,0 +1,59 @@
+"""Arguments that travel together from the public functions to the kernels, and the kernels' constants."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+# As in csrc/scan.h, csrc/conv.h and csrc/attention.h; a test compares them with the extension's.
+CHUNK = 64
+"""Steps of a scan from one saved state to the next."""
+MAX_STATES = 256
+MAX_WIDTH = 8
+"""Of a causal convolution."""
+MAX_HEAD_DIM = 256
+BLOCK = 128
+"""Rows of a block of work at most: queries in the forward, queries or keys in the backward."""
+
+
+class ScanArguments(NamedTuple):
+    """The tensors of a scan as the ops take them. K paths, S sequences, G groups, N states."""
+
+    u: Tensor  # [B, L, D]
+    delta: Tensor  # [B, K, L, D]
+    A: Tensor  # [K, D, N]
+    B: Tensor  # [B, K, G, L, N] or [K, D, N]
+    C: Tensor
+    D: Tensor | None  # [K, D]
+    z: Tensor | None  # [B, L, D]
+    delta_bias: Tensor | None  # [K, D]
+    initial: Tensor | None  # [B, S, K, D, N]
+    order: Tensor | None  # [K, L]
+    offsets: Tensor | None  # [S + 1]
+    softplus: bool
+
+
+class Spans(NamedTuple):
+    """One side's tiles and what they see of the other side."""
+
+    bounds: Tensor  # int32 [T + 1]: tile t is rows bounds[t] .. bounds[t + 1]
+    starts: Tensor  # int32 [P, T + 1]: tile t of head p sees spans starts[p, t] .. starts[p, t + 1]
+    spans: Tensor  # int32 [n, 3]: begin and end along the other side, ascending; a mask, or FULL
+    blocks: Tensor  # int32 [P, blocks, 3]: tile, first row, end; what sees most comes first
+
+
+class PlanTensors(NamedTuple):
+    """A plan as the ops take it. P is 1, or a plan for each head."""
+
+    bounds: Tensor
+    starts: Tensor
+    spans: Tensor
+    blocks: Tensor
+    k_bounds: Tensor
+    k_starts: Tensor
+    k_spans: Tensor
+    k_blocks: Tensor
+    words: Tensor  # int32: the masks' bits; a row of queries is cdiv(keys of the tile, 32) words
+    mask_at: Tensor  # int64 [masks]: a mask's first word
+    order: Tensor | None  # int32 [S]: position p is token order[p]

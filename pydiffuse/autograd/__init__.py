@@ -1,1 +1,0 @@
-"""Gradients, one formula for all backends: forward and backward call the same ops."""

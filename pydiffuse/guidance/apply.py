@@ -1,0 +1,150 @@
+"""From checked arguments to one op call: a rule, its parameters, and the sampler's update."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pydiffuse._core import dispatch
+from pydiffuse._core.checks import check_no_grad, check_outs, check_scalar, check_tensors, writable
+from pydiffuse._core.functions import needs_function
+from pydiffuse._core.rules import EMIT_PREDICT, EMIT_STATE, EMIT_UPDATE, RULES, Rule
+from pydiffuse.guidance import reference
+from pydiffuse.guidance.arguments import Scalar, number_of, parameter_name
+from pydiffuse.guidance.autograd import Call, Guide, Mix, outputs, run_guide
+
+NUMBERS = {float, int, bool}
+
+
+class Update(NamedTuple):
+    """What `guide` adds to a rule: x' = a x + b g + h history + s noise, D = p x + q g."""
+
+    x: Tensor | None = None
+    history: Tensor | None = None
+    noise: Tensor | None = None
+    numbers: tuple[Scalar, ...] = (1.0, 1.0, 0.0, 0.0, 0.0, 1.0)
+    """a, b, h, s, p, q."""
+
+
+PLAIN = Update()
+
+
+def value_of(
+    rule: str,
+    preds: tuple[Tensor, ...],
+    values: tuple[Scalar, ...],
+    original: bool,
+    rescale: Scalar,
+    out: Any,
+    emit: int = EMIT_UPDATE,
+    name: str | None = None,
+) -> Any:
+    """The value of a rule, with no update: the way of every function that is named after one."""
+    row = RULES[rule]
+    name = name or rule
+    check_tensors(name, "the predictions", preds)
+    if len(preds) not in row.counts:
+        raise ValueError(f"{name}: {len(preds)} predictions; accepted: ({', '.join(row.preds)})")
+    if dispatch.forced_reference():
+        return _reference(row, preds, values, original, rescale, out, emit)
+    return call_rule(name, row, preds, PLAIN, values, original, rescale, out, emit)
+
+
+def _reference(
+    row: Rule,
+    preds: tuple[Tensor, ...],
+    values: tuple[Scalar, ...],
+    original: bool,
+    rescale: Scalar,
+    out: Any,
+    emit: int,
+) -> Any:
+    parameters: dict[str, Any] = dict(zip(row.parameters, values, strict=False))
+    if row.weights:
+        parameters[row.weights] = values[len(row.parameters) :]
+    if row.common:
+        parameters.update(original=original, rescale=rescale)
+    if row.name == "rescale":
+        parameters["rescale"] = rescale
+    if row.name == "apg" and not emit & EMIT_STATE:
+        del parameters["momentum"]
+    if isinstance(out, tuple | list):
+        results = reference.apply(row.name, preds, **parameters)
+        return tuple(o.copy_(r) for o, r in zip(out, results, strict=True))
+    return reference.apply(row.name, preds, out=out, **parameters)
+
+
+def call_rule(
+    op: str,
+    row: Rule,
+    preds: tuple[Tensor, ...],
+    update: Update,
+    values: tuple[Scalar, ...],
+    original: bool,
+    rescale: Scalar,
+    out: Any,
+    emit: int,
+) -> Any:
+    """One call of `guide`: through autograd if a gradient is due, straight to the op if not."""
+    x, history, noise, numbers = update
+    given = (*numbers, original, rescale, *values)
+    tensors: list[Tensor] = []
+    columns: tuple[int, ...] = ()
+    varied = None
+    if NUMBERS.issuperset(map(type, given)):
+        params = tuple(map(float, given))
+    else:
+        columns = tuple(i for i, value in enumerate(given) if isinstance(value, Tensor))
+        tensors = [check_scalar(op, parameter_name(row, i), given[i], preds[0]) for i in columns]
+        varied = torch.stack([t.double() for t in tensors], 1) if tensors else None
+        params = tuple(
+            0.0 if i in columns else number_of(op, row, i, value) for i, value in enumerate(given)
+        )
+    call = Call(op, row.code, params, params[7] != 0.0 or 7 in columns, columns, emit)
+    if out is None:
+        if needs_function(varied, x, history, noise, *preds):
+            results = Guide.apply(call, varied, x, history, noise, *preds)
+            return results[0] if len(results) == 1 else results
+        results = outputs(call, preds, x)
+        run_guide(call, results, preds, x, history, noise, varied)
+        return results[0] if len(results) == 1 else tuple(results)
+    outs = [out] if isinstance(out, Tensor) else list(out)
+    everything = (*preds, *(t for t in (x, history, noise) if t is not None))
+    likes = [preds[0] if x is None else x] * emit.bit_count()
+    if emit & EMIT_STATE:
+        likes[-1] = preds[0]
+    check_outs(op, outs, likes, everything)
+    check_no_grad(op, (*everything, *tensors))
+    with writable(outs) as targets:
+        run_guide(call, targets, preds, x, history, noise, varied)
+    return out
+
+
+def call_in_two(
+    row: Rule,
+    preds: tuple[Tensor, ...],
+    values: tuple[Scalar, ...],
+    original: bool,
+    rescale: Scalar,
+    update: Update,
+    emit: int,
+) -> Any:
+    """The rule, then the update: for coefficients of the update that want a gradient."""
+    g = call_rule("guide", row, preds, PLAIN, values, original, rescale, None, emit & ~EMIT_PREDICT)
+    g, state = g if isinstance(g, tuple) else (g, None)
+    x, history, noise, (a, b, h, s, p, q) = update
+    assert x is not None
+    terms = [(x, a, p), (g, b, q), (history, h, 0.0), (noise, s, 0.0)]
+    there = [term for term in terms if term[0] is not None]
+
+    def coefficients(column: int) -> Tensor:
+        cs = [check_scalar("guide", "a coefficient", t[column], x) for t in there]
+        return torch.stack([c.double() for c in cs], 1)
+
+    matrix = torch.stack([coefficients(1), coefficients(2)][: 2 if emit & EMIT_PREDICT else 1], 1)
+    results = list(Mix.apply("guide", matrix.shape[1], matrix, None, *[t[0] for t in there]))
+    if state is not None:
+        results.append(state)
+    return results[0] if len(results) == 1 else tuple(results)

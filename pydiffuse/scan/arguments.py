@@ -1,0 +1,140 @@
+"""From the arguments of a public scan function to one op call.
+
+The ops know one order of dimensions, tokens before channels: `bdl` tensors arrive as transposed views,
+and every path runs forward: `reverse` has turned the order, the sequences and their states around.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pydiffuse._core.checks import check_flag, check_shape, describe
+from pydiffuse._core.layouts import dense
+from pydiffuse._core.structs import MAX_STATES, ScanArguments
+from pydiffuse.paths.steps import check_layout, steps_of
+
+
+def scan_arguments(
+    op: str,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    softplus: bool,
+    path: Any,
+    reverse: bool,
+    initial: Tensor | None,
+    cu_seqlens: Any,
+    layout: str,
+) -> tuple[ScanArguments, int | None]:
+    """Checked, and in the ops' order of dimensions; and the number of paths if a list was given."""
+    check_layout(op, layout)
+    check_flag(op, "delta_softplus", softplus)
+    bdl = layout == "bdl"
+    names = "(B, D, L)" if bdl else "(B, L, D)"
+    check_shape(op, "u", u, (None, None, None), names)
+    batch, channels, L = u.shape if bdl else (u.shape[0], u.shape[2], u.shape[1])
+    steps, K = steps_of(op, path, reverse, cu_seqlens, L, u.device)
+    paths = K or 1
+    each = names.replace("B, ", "B, K, ")
+    inner = (channels, L) if bdl else (L, channels)
+
+    def tokens(t: Tensor) -> Tensor:
+        return dense(t.transpose(-1, -2) if bdl else t)
+
+    shared = isinstance(delta, Tensor) and delta.dim() == 3
+    wanted = (batch, *inner) if K is None or shared else (batch, paths, *inner)
+    check_shape(op, "delta", delta, wanted, names if K is None else f"{names} or {each}", like=u)
+    if z is not None:
+        check_shape(op, "z", z, (batch, *inner), names, like=u)
+    delta = tokens(delta)
+    delta = delta[:, None].expand(-1, paths, -1, -1) if shared else delta
+
+    def parameter(name: str, t: Tensor | None, *sizes: int | None) -> Tensor | None:
+        if t is None:
+            return None
+        one = isinstance(t, Tensor) and t.dim() == len(sizes)
+        text = "(D, N)" if len(sizes) == 2 else "(D,)"
+        text = text if K is None else f"{text} or {text.replace('(', '(K, ')}"
+        expected = sizes if K is None or one else (paths, *sizes)
+        check_shape(op, name, t, expected, text, like=u, dtypes=(torch.float32,))
+        return (t.expand(paths, *t.shape) if one else t).contiguous()
+
+    if isinstance(A, Tensor) and A.is_complex():
+        raise TypeError(
+            f"{op}: A is {describe(A)}; accepted: float32; a complex A runs inside"
+            ' `with pydiffuse.use_backend("reference")`'
+        )
+    A = parameter("A", A, channels, None)  # type: ignore[assignment]
+    N = A.shape[-1]
+    if not 1 <= N <= MAX_STATES:
+        raise ValueError(f"{op}: A has {N} states; accepted: 1 to {MAX_STATES}")
+
+    def weights(name: str, t: Tensor) -> Tensor:
+        if isinstance(t, Tensor) and t.dim() == 2:
+            check_shape(op, name, t, (channels, N), "(D, N)", like=u)
+            return t.float().expand(paths, channels, N).contiguous()
+        last = "N, L" if bdl else "L, N"
+        order = (N, L) if bdl else (L, N)
+        dims = t.dim() if isinstance(t, Tensor) else 3
+        sizes: tuple[int | None, ...]
+        if K is None:
+            text = f"(B, {last}), {'(B, G, N, L)' if bdl else '(B, L, G, N)'} or (D, N)"
+            sizes = (
+                (batch, *order) if dims == 3 else (batch, None, *order) if bdl else (batch, L, None, N)
+            )
+        else:
+            text = f"(B, {last}), (B, K, {last}), (B, K, {'G, N, L' if bdl else 'L, G, N'}) or (D, N)"
+            sizes = (batch, paths, None, *order) if bdl else (batch, paths, L, None, N)
+            sizes = (batch, paths, *order) if dims == 4 else sizes
+        check_shape(op, name, t, (batch, *order) if dims == 3 else sizes, text, like=u)
+        if K is None or dims == 3:
+            t = t[:, None].expand(-1, paths, *t.shape[1:])
+        if t.dim() == 4:
+            return t.transpose(-1, -2).unsqueeze(2) if bdl else t.unsqueeze(2)
+        return t.transpose(-1, -2) if bdl else t.transpose(2, 3)
+
+    B, C = weights("B", B), weights("C", C)
+    groups = {t.shape[2] for t in (B, C) if t.dim() == 5}
+    if len(groups) > 1:
+        raise ValueError(f"{op}: B has {B.shape[2]} groups and C has {C.shape[2]}; they must be equal")
+    if groups and (min(groups) == 0 or channels % min(groups)):
+        raise ValueError(
+            f"{op}: B and C have {min(groups)} groups and there are {channels} channels;"
+            " the groups must divide the channels"
+        )
+    if initial is not None:
+        one, several = cu_seqlens is None, K is not None
+        sizes = (batch, *(() if one else (steps.sequences,)), *((paths,) if several else ()), channels, N)
+        text = f"(B, {'' if one else 'S, '}{'K, ' if several else ''}D, N)"
+        check_shape(op, "initial_state", initial, sizes, text, like=u, dtypes=(torch.float32,))
+        initial = initial.reshape(batch, steps.sequences, paths, channels, N)
+        initial = (initial.flip(1) if reverse and not one else initial).contiguous()
+    return ScanArguments(
+        dense(u.transpose(1, 2) if bdl else u),
+        delta,
+        A,
+        B,
+        C,
+        parameter("D", D, channels),
+        None if z is None else tokens(z),
+        parameter("delta_bias", delta_bias, channels),
+        initial,
+        steps.order,
+        steps.offsets,
+        softplus,
+    ), K
+
+
+def last_state(last: Tensor, K: int | None, cu_seqlens: Any, reverse: bool) -> Tensor:
+    """[B, S, K, D, N] with the dimensions that the caller has."""
+    last = last.flip(1) if reverse and cu_seqlens is not None else last
+    last = last if K is not None else last[:, :, 0]
+    return last if cu_seqlens is not None else last[:, 0]
