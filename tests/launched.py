@@ -146,7 +146,7 @@ def made(stem: str, every: bool) -> Iterator[tuple[str, Any, Any, Callable[[Any,
         few = [(Size(2, 96, 200, 16), f32, "bld")]
         sizes = [
             (s, d, layout)
-            for s in (Size(2, 96, 200, 16), Size(1, 21, 37, 5), Size(2, 64, 130, 40))
+            for s in (Size(2, 96, 200, 16), Size(1, 21, 37, 5), Size(2, 66, 130, 40))
             for d in (f32, bf16)
             for layout in ("bdl", "bld")
         ]

@@ -1,5 +1,5 @@
 // The torch door of the causal convolution on CUDA. Schemas stand in pydiffuse/_core/schemas.py.
-#include "../torch/conv_args.h"
+#include "../torch/conv_direct.h"
 #include "conv.cuh"
 
 namespace pydiffuse {
@@ -21,10 +21,18 @@ void causal_conv1d_backward_cuda(const Tensor& dx, const Tensor& dweight, const 
       on, conv_backward_call({dx, dweight, dbias}, dout, {x, weight, bias, order, offsets, silu}));
 }
 
+MaybeTensor causal_conv1d_new_cuda(const Tensor& x, const Tensor& weight, const MaybeTensor& bias,
+                                   const MaybeTensor& order, bool silu, bool bdl) {
+  ScanLaunch on("causal_conv1d", x);
+  return usual_conv(x, weight, bias, order, silu, bdl,
+                    [&](const ConvCall& call) { run_conv(on, call); });
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(pydiffuse, CUDA, m) {
   m.impl("causal_conv1d", TORCH_BOX(&causal_conv1d_cuda));
+  m.impl("causal_conv1d.new", TORCH_BOX(&causal_conv1d_new_cuda));
   m.impl("causal_conv1d_backward", TORCH_BOX(&causal_conv1d_backward_cuda));
 }
 

@@ -1,5 +1,5 @@
 // The torch door of guidance on CUDA. Schemas stand in pydiffuse/_core/schemas.py.
-#include "../torch/guidance_args.h"
+#include "../torch/guidance_direct.h"
 #include "guidance_mix.cuh"
 #include "launch.h"
 
@@ -253,10 +253,42 @@ void gram_cuda(const Tensor& out, const MaybeTensor& sums, const Tensors& preds)
   on.run(finish_kernel, layout.batch, THREADS, f);
 }
 
+MaybeTensor guide_rule_cuda(const Tensors& preds, int64_t rule, bool original, double rescale,
+                            const std::vector<double>& own) {
+  const MaybeTensor none;
+  MaybeTensor found;
+  std::vector<double> params{1, 1, 0, 0, 0, 1, double(original), rescale};
+  params.insert(params.end(), own.begin(), own.end());
+  usual_guide({preds, none, none, none, EMIT_UPDATE}, [&](const Tensors& out) {
+    guide_cuda(out, preds, none, none, none, rule, params, rescale != 0, none, {}, EMIT_UPDATE);
+    found = out[0];
+  });
+  return found;
+}
+
+UsualGuided guide_new_cuda(const Tensors& preds, const MaybeTensor& x, const MaybeTensor& history,
+                           const MaybeTensor& noise, int64_t rule,
+                           const std::vector<double>& params, int64_t emit) {
+  return usual_guide({preds, x, history, noise, emit}, [&](const Tensors& out) {
+    guide_cuda(out, preds, x, history, noise, rule, params, rescaled(params), {}, {}, emit);
+  });
+}
+
+bool guide_into_cuda(const Tensors& out, const Tensors& preds, const MaybeTensor& x,
+                     const MaybeTensor& history, const MaybeTensor& noise, int64_t rule,
+                     const std::vector<double>& params, int64_t emit) {
+  return usual_guide_into({preds, x, history, noise, emit}, out, [&](const Tensors& to) {
+    guide_cuda(to, preds, x, history, noise, rule, params, rescaled(params), {}, {}, emit);
+  });
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(pydiffuse, CUDA, m) {
   m.impl("guide", TORCH_BOX(&guide_cuda));
+  m.impl("guide.rule", TORCH_BOX(&guide_rule_cuda));
+  m.impl("guide.new", TORCH_BOX(&guide_new_cuda));
+  m.impl("guide.into", TORCH_BOX(&guide_into_cuda));
   m.impl("guide_backward", TORCH_BOX(&guide_backward_cuda));
   m.impl("mix", TORCH_BOX(&mix_cuda));
   m.impl("gram", TORCH_BOX(&gram_cuda));

@@ -1,5 +1,6 @@
 // The torch door of the selective scan on CUDA. Schemas stand in pydiffuse/_core/schemas.py.
 #include "../torch/scan_args.h"
+#include "../torch/scan_direct.h"
 #include "scan_call.cuh"
 
 namespace pydiffuse {
@@ -40,10 +41,20 @@ void selective_state_update_cuda(const Tensor& out, const Tensor& state, const T
   run_scan(on, state_update_call(out, state, {x, dt, A, B, C, D, z, dt_bias, softplus}));
 }
 
+std::tuple<MaybeTensor, MaybeTensor> selective_scan_new_cuda(
+    const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C,
+    const MaybeTensor& D, const MaybeTensor& z, const MaybeTensor& delta_bias,
+    const MaybeTensor& initial, const MaybeTensor& order, bool softplus, bool bdl, bool with_last) {
+  ScanLaunch on("selective_scan", u);
+  return usual_scan({u, delta, A, B, C, D, z, delta_bias, initial, order, softplus, bdl}, with_last,
+                    [&](const ScanCall& call) { run_scan(on, call); });
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(pydiffuse, CUDA, m) {
   m.impl("selective_scan", TORCH_BOX(&selective_scan_cuda));
+  m.impl("selective_scan.new", TORCH_BOX(&selective_scan_new_cuda));
   m.impl("selective_scan_backward", TORCH_BOX(&selective_scan_backward_cuda));
   m.impl("selective_state_update", TORCH_BOX(&selective_state_update_cuda));
 }

@@ -4,6 +4,7 @@
 
 #include "../cpu/attention_call.h"
 #include "accepts.h"
+#include "direct.h"
 
 namespace pydiffuse {
 namespace {
@@ -114,6 +115,16 @@ const char* bad_masks(const Plan& plan) {
   return nullptr;
 }
 
+const char* bad_plan(const Plan& plan, int64_t queries, int64_t keys) {
+  const char* bad = bad_side(plan.q, plan, queries, keys);
+  if (!bad) bad = bad_side(plan.k, plan, keys, queries);
+  if (!bad) bad = bad_blocks(plan.q, plan, queries);
+  if (!bad) bad = bad_masks(plan);
+  if (!bad && plan.order && keys != queries) bad = "an order is for as many keys as queries";
+  if (!bad && plan.order) bad = bad_order(plan.order, queries);
+  return bad;
+}
+
 Plan plan_of(const Accepts& accepts, const PlanInputs& in, int64_t heads, int64_t queries,
              int64_t keys) {
   Plan plan;
@@ -130,12 +141,7 @@ Plan plan_of(const Accepts& accepts, const PlanInputs& in, int64_t heads, int64_
                   accepts.op, ": mask_at must be contiguous int64");
   plan.mask_at = static_cast<const int64_t*>(in.mask_at.data_ptr());
   plan.order = accepts.ints("order", in.order, {queries});
-  const char* bad = bad_side(plan.q, plan, queries, keys);
-  if (!bad) bad = bad_side(plan.k, plan, keys, queries);
-  if (!bad) bad = bad_blocks(plan.q, plan, queries);
-  if (!bad) bad = bad_masks(plan);
-  if (!bad && plan.order && keys != queries) bad = "an order is for as many keys as queries";
-  if (!bad && plan.order) bad = bad_order(plan.order, queries);
+  const char* bad = bad_plan(plan, queries, keys);
   STD_TORCH_CHECK(!bad, accepts.op, ": ", bad ? bad : "");
   return plan;
 }
@@ -179,6 +185,82 @@ void tile_attention_cpu(const Tensor& out, const MaybeTensor& lse, const Tensor&
   tile_attention(call, TorchThreads{});
 }
 
+// A result like t: a token's heads next to each other where t's are, else a head's tokens.
+Tensor new_heads(const Tensor& t) {
+  const int64_t sizes[] = {t.size(0), t.size(1), t.size(2), t.size(3)};
+  const int64_t H = sizes[1], S = sizes[2], D = sizes[3];
+  const bool by_token = t.stride(1) > 0 && t.stride(1) < t.stride(2);
+  const int64_t strides[] = {H * S * D, by_token ? D : S * D, by_token ? H * D : D, 1};
+  return new_tensor(t, dtype_code(t), sizes, strides, 4);
+}
+
+// A plan in one tensor of int32, as pydiffuse._core.structs.PlanTensors.packed has it: 12 sizes,
+// then the arrays one after the other. False where they do not fill it.
+bool unpacked(const Tensor& packed, Plan* plan) {
+  constexpr int HEAD = 12;
+  if (!packed.is_cpu() || packed.scalar_type() != ScalarType::Int || !packed.is_contiguous() ||
+      packed.numel() < HEAD)
+    return false;
+  const auto* head = static_cast<const int32_t*>(packed.data_ptr());
+  const int32_t *at = head + HEAD, *end = head + packed.numel();
+  for (int i = 0; i < HEAD; ++i)
+    if (head[i] < 0) return false;
+  bool fits = true;
+  const auto take = [&](int64_t count) {
+    const int32_t* mine = at;
+    fits = fits && count <= end - at;
+    if (fits) at += count;
+    return mine;
+  };
+  plan->heads = head[0];
+  plan->masks = head[1], plan->words = head[2];
+  plan->mask_at = reinterpret_cast<const int64_t*>(take(2 * plan->masks));
+  for (PlanSide* side : {&plan->q, &plan->k}) {
+    const int32_t* sizes = head + (side == &plan->q ? 4 : 7);
+    side->tiles = sizes[0], side->spans = sizes[1], side->blocks = sizes[2];
+    side->bounds = take(side->tiles + 1);
+    side->starts = take(plan->heads * (side->tiles + 1));
+    side->span = take(3 * side->spans);
+    side->block = take(3 * plan->heads * side->blocks);
+  }
+  plan->word = take(plan->words);
+  plan->order = head[3] ? take(head[3]) : nullptr;
+  return fits && at == end;
+}
+
+std::tuple<MaybeTensor, MaybeTensor> tile_attention_new_cpu(const Tensor& q, const Tensor& k,
+                                                            const Tensor& v, double scale,
+                                                            const Tensor& packed, bool with_lse) {
+  const Usual usual(q);
+  AttentionCall c{};
+  if (q.dim() != 4 || k.dim() != 4 || !same_sizes(k, v) || q.numel() == 0 || k.numel() == 0)
+    return {};
+  c.batch = q.size(0), c.heads = q.size(1), c.queries = q.size(2);
+  c.kv_heads = k.size(1), c.keys = k.size(2);
+  const int64_t D = q.size(3);
+  if (D < 8 || D % 8 || D > MAX_HEAD_DIM || k.size(0) != c.batch || k.size(3) != D ||
+      c.heads % c.kv_heads)
+    return {};
+  c.dim = static_cast<int>(D);
+  c.scale = static_cast<float>(scale);
+  const auto heads = [&](const Tensor& t, Heads* h) {
+    *h = {t.data_ptr(), {t.stride(0), t.stride(1), t.stride(2)}, DType::f32};
+    return usual.floating(t, &h->dtype) && t.scalar_type() == q.scalar_type() && t.stride(3) == 1;
+  };
+  if (!heads(q, &c.q) || !heads(k, &c.k) || !heads(v, &c.v) || !unpacked(packed, &c.plan) ||
+      (c.plan.heads != 1 && c.plan.heads != c.heads) || bad_plan(c.plan, c.queries, c.keys))
+    return {};
+  const Tensor out = new_heads(q);
+  heads(out, &c.out);
+  MaybeTensor lse;
+  if (with_lse) {
+    lse = new_tensor(q, aoti_torch_dtype_float32(), {c.batch, c.heads, c.queries});
+    c.lse = static_cast<float*>(lse->data_ptr());
+  }
+  tile_attention(c, TorchThreads{});
+  return {out, lse};
+}
+
 void tile_attention_backward_cpu(const Tensor& dq, const Tensor& dk, const Tensor& dv,
                                  const Tensor& dout, const MaybeTensor& dlse, const Tensor& out,
                                  const Tensor& lse, const Tensor& q, const Tensor& k,
@@ -208,6 +290,7 @@ void tile_attention_backward_cpu(const Tensor& dq, const Tensor& dk, const Tenso
 
 STABLE_TORCH_LIBRARY_IMPL(pydiffuse, CPU, m) {
   m.impl("tile_attention", TORCH_BOX(&tile_attention_cpu));
+  m.impl("tile_attention.new", TORCH_BOX(&tile_attention_new_cpu));
   m.impl("tile_attention_backward", TORCH_BOX(&tile_attention_backward_cpu));
 }
 

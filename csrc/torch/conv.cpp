@@ -1,7 +1,7 @@
 // The torch door of the causal convolution on the CPU. Schemas stand in pydiffuse/_core/schemas.py.
 #include "../cpu/conv_call.h"
 #include "../cpu/steps.h"
-#include "conv_args.h"
+#include "conv_direct.h"
 
 namespace pydiffuse {
 namespace {
@@ -29,10 +29,19 @@ void causal_conv1d_backward_cpu(const Tensor& dx, const Tensor& dweight, const M
   causal_conv1d_backward(call, TorchThreads{});
 }
 
+MaybeTensor causal_conv1d_new_cpu(const Tensor& x, const Tensor& weight, const MaybeTensor& bias,
+                                  const MaybeTensor& order, bool silu, bool bdl) {
+  return usual_conv(x, weight, bias, order, silu, bdl, [](const ConvCall& call) {
+    check_steps("causal_conv1d", call);
+    causal_conv1d(call, TorchThreads{});
+  });
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(pydiffuse, CPU, m) {
   m.impl("causal_conv1d", TORCH_BOX(&causal_conv1d_cpu));
+  m.impl("causal_conv1d.new", TORCH_BOX(&causal_conv1d_new_cpu));
   m.impl("causal_conv1d_backward", TORCH_BOX(&causal_conv1d_backward_cpu));
 }
 

@@ -1,6 +1,6 @@
 // The torch door of guidance on the CPU. Schemas stand in pydiffuse/_core/schemas.py.
 #include "../cpu/guidance_call.h"
-#include "guidance_args.h"
+#include "guidance_direct.h"
 
 namespace pydiffuse {
 namespace {
@@ -57,10 +57,42 @@ void gram_cpu(const Tensor& out, const MaybeTensor& sums, const Tensors& preds) 
            s ? s + b * k : unused.data());
 }
 
+MaybeTensor guide_rule_cpu(const Tensors& preds, int64_t rule, bool original, double rescale,
+                           const std::vector<double>& own) {
+  const MaybeTensor none;
+  MaybeTensor found;
+  std::vector<double> params{1, 1, 0, 0, 0, 1, double(original), rescale};
+  params.insert(params.end(), own.begin(), own.end());
+  usual_guide({preds, none, none, none, EMIT_UPDATE}, [&](const Tensors& out) {
+    guide_cpu(out, preds, none, none, none, rule, params, rescale != 0, none, {}, EMIT_UPDATE);
+    found = out[0];
+  });
+  return found;
+}
+
+UsualGuided guide_new_cpu(const Tensors& preds, const MaybeTensor& x, const MaybeTensor& history,
+                          const MaybeTensor& noise, int64_t rule, const std::vector<double>& params,
+                          int64_t emit) {
+  return usual_guide({preds, x, history, noise, emit}, [&](const Tensors& out) {
+    guide_cpu(out, preds, x, history, noise, rule, params, rescaled(params), {}, {}, emit);
+  });
+}
+
+bool guide_into_cpu(const Tensors& out, const Tensors& preds, const MaybeTensor& x,
+                    const MaybeTensor& history, const MaybeTensor& noise, int64_t rule,
+                    const std::vector<double>& params, int64_t emit) {
+  return usual_guide_into({preds, x, history, noise, emit}, out, [&](const Tensors& to) {
+    guide_cpu(to, preds, x, history, noise, rule, params, rescaled(params), {}, {}, emit);
+  });
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(pydiffuse, CPU, m) {
   m.impl("guide", TORCH_BOX(&guide_cpu));
+  m.impl("guide.rule", TORCH_BOX(&guide_rule_cpu));
+  m.impl("guide.new", TORCH_BOX(&guide_new_cpu));
+  m.impl("guide.into", TORCH_BOX(&guide_into_cpu));
   m.impl("guide_backward", TORCH_BOX(&guide_backward_cpu));
   m.impl("mix", TORCH_BOX(&mix_cpu));
   m.impl("gram", TORCH_BOX(&gram_cpu));

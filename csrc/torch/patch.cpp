@@ -1,6 +1,6 @@
 // The torch door of patches on the CPU. Schemas stand in pydiffuse/_core/schemas.py.
 #include "../cpu/patch_call.h"
-#include "tensors.h"
+#include "direct.h"
 
 namespace pydiffuse {
 namespace {
@@ -106,6 +106,68 @@ void mix_patches_cpu(const Tensors& out, const MaybeTensor& arrived, const Tenso
   mix_patches(call, TorchThreads{});
 }
 
+// A level for every patch, in [0, 1]: float32 (B, N), (B,) or one value; the number where there is
+// none.
+bool usual_level(const Usual& usual, const MaybeTensor& t, const float* number, int64_t batch,
+                 int64_t patches, Table* table) {
+  *table = {number, {}};
+  if (t) {
+    if (t->scalar_type() != ScalarType::Float || !usual.here(*t) || t->dim() > 2) return false;
+    if (t->dim() >= 1 && t->size(0) != batch) return false;
+    if (t->dim() == 2 && t->size(1) != patches) return false;
+    *table = {static_cast<const float*>(t->data_ptr()),
+              {t->dim() >= 1 ? t->stride(0) : 0, t->dim() == 2 ? t->stride(1) : 0}};
+  }
+  return patch_kernels().within(*table, batch, patches);
+}
+
+// Contiguous images. Gives what the method makes, and of a step where the patches are.
+std::tuple<MaybeTensor, MaybeTensor, MaybeTensor> mix_patches_new_cpu(
+    const Tensor& x, const MaybeTensor& pred, const MaybeTensor& uncond, const MaybeTensor& noise,
+    const MaybeTensor& t, const MaybeTensor& next, const MaybeTensor& mask, double level,
+    double next_level, int64_t channels, int64_t planes, int64_t rows, int64_t columns, int64_t p,
+    int64_t r, int64_t c, int64_t method, int64_t path, int64_t source, int64_t target,
+    double scale) {
+  const Usual usual(x);
+  MixPatchesCall call{};
+  call.rule = {Method(method), Path(path), Kind(source), Kind(target), 1.0};
+  call.grid = {channels, {planes, rows, columns}, {p, r, c}};
+  if (x.numel() == 0 || x.dim() > MAX_DIMS || p < 1 || r < 1 || c < 1) return {};
+  const int64_t batch = call.batch = x.size(0), patches = call.grid.patches();
+  if (x.numel() != batch * call.grid.elements()) return {};
+  const auto term = [&](const Tensor& image, int place) {
+    Rows& row = call.term[call.terms];
+    row = {image.data_ptr(), call.grid.elements(), DType::f32};
+    call.term_place[call.terms++] = place;
+    return same_sizes(image, x) && usual.floating(image, &row.dtype) && image.is_contiguous();
+  };
+  if (!term(x, TERM_X) || (pred && !term(*pred, TERM_PRED)) ||
+      (uncond && !term(*uncond, TERM_UNCOND)) || (noise && !term(*noise, TERM_NOISE)))
+    return {};
+  const float levels[] = {float(level), float(next_level)};
+  const bool steps = call.rule.method <= Method::multistep;
+  if (!usual_level(usual, t, levels, batch, patches, &call.t) ||
+      (steps && !usual_level(usual, next, levels + 1, batch, patches, &call.next)) ||
+      !usual.plain(mask, ScalarType::Bool, {batch, patches}, &call.mask))
+    return {};
+  call.scale = float(scale);
+  const auto make = [&](int place) {
+    const Tensor& own = call.rule.method == Method::convert ? *pred : x;
+    const Tensor made = new_like(own);
+    call.out[call.outs] = {made.data_ptr(), call.grid.elements(), dtype_of("mix_patches", own)};
+    call.out_place[call.outs++] = place;
+    return made;
+  };
+  MaybeTensor first = make(OUT_X), second, arrived;
+  if (call.rule.method == Method::noise) second = make(OUT_HISTORY);
+  if (steps) {
+    arrived = new_tensor(x, aoti_torch_dtype_float32(), {batch, patches});
+    call.arrived = static_cast<float*>(arrived->data_ptr());
+  }
+  mix_patches(call, TorchThreads{});
+  return {first, second, arrived};
+}
+
 void patch_loss_cpu(const Tensor& loss, const Tensor& errors, const Tensor& pred,
                     const Tensor& target, const MaybeTensor& logvar, const MaybeTensor& weight,
                     double nll, const Ints& grid) {
@@ -156,12 +218,32 @@ void select_patches_cpu(const MaybeTensor& ids, const MaybeTensor& rest, const M
   select_patches(call, TorchThreads{});
 }
 
+// score [B, N]: the mask, or ids and the rest.
+std::tuple<MaybeTensor, MaybeTensor> select_patches_new_cpu(const Tensor& score, int64_t k,
+                                                            bool as_mask) {
+  if (score.dim() != 2 || score.numel() == 0 || !score.is_cpu() || !score.is_contiguous() ||
+      score.scalar_type() != ScalarType::Float || k < 0 || k > score.size(1))
+    return {};
+  const int64_t B = score.size(0), N = score.size(1);
+  MaybeTensor ids, rest, mask;
+  if (as_mask) {
+    mask = new_tensor(score, aoti_torch_dtype_bool(), {B, N});
+  } else {
+    ids = new_tensor(score, aoti_torch_dtype_int64(), {B, k});
+    rest = new_tensor(score, aoti_torch_dtype_int64(), {B, N - k});
+  }
+  select_patches_cpu(ids, rest, mask, {}, score, k, {}, {}, 0);
+  return as_mask ? std::tuple{mask, rest} : std::tuple{ids, rest};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(pydiffuse, CPU, m) {
   m.impl("mix_patches", TORCH_BOX(&mix_patches_cpu));
+  m.impl("mix_patches.new", TORCH_BOX(&mix_patches_new_cpu));
   m.impl("patch_loss", TORCH_BOX(&patch_loss_cpu));
   m.impl("select_patches", TORCH_BOX(&select_patches_cpu));
+  m.impl("select_patches.new", TORCH_BOX(&select_patches_new_cpu));
 }
 
 }  // namespace pydiffuse

@@ -2,7 +2,7 @@
 #include <algorithm>
 
 #include "../cpu/routing_call.h"
-#include "tensors.h"
+#include "direct.h"
 
 namespace pydiffuse {
 namespace {
@@ -92,10 +92,98 @@ void scatter_tokens_cpu(const Tensor& out, const MaybeTensor& base, const MaybeT
   move_tokens(call, TorchThreads{});
 }
 
+// ids [B, keep] as contiguous int32: each within a sample's N tokens, none of them twice. Empty
+// where they are not.
+std::vector<int32_t> ids_of(const Tensor& ids, int64_t B, int64_t N) {
+  const bool wide = ids.scalar_type() == ScalarType::Long;
+  if (!ids.is_cpu() || ids.dim() != 2 || ids.size(0) != B ||
+      (!wide && ids.scalar_type() != ScalarType::Int))
+    return {};
+  const int64_t keep = ids.size(1), sample = ids.stride(0), next = ids.stride(1);
+  std::vector<int32_t> found(B * keep);
+  std::vector<char> seen(N);
+  for (int64_t b = 0; b < B; ++b) {
+    std::fill(seen.begin(), seen.end(), 0);
+    for (int64_t j = 0; j < keep; ++j) {
+      const int64_t at = b * sample + j * next;
+      const int64_t id = wide ? static_cast<const int64_t*>(ids.data_ptr())[at]
+                              : static_cast<const int32_t*>(ids.data_ptr())[at];
+      if (id < 0 || id >= N || seen[id]) return {};
+      seen[id] = 1;
+      found[b * keep + j] = static_cast<int32_t>(id);
+    }
+  }
+  return found;
+}
+
+// Contiguous [B, N, ...]; n: elements of a token.
+bool usual_tokens(const Usual& usual, const Tensor& t, DType* dtype, int64_t* n) {
+  if (t.dim() < 2 || !usual.floating(t, dtype) || !t.is_contiguous() || t.numel() == 0)
+    return false;
+  *n = t.numel() / (t.size(0) * t.size(1));
+  return true;
+}
+
+// A result [B, count, ...] like x.
+Tensor new_tokens(const Tensor& x, int64_t count) {
+  int64_t sizes[MAX_DIMS], strides[MAX_DIMS], next = 1;
+  for (int64_t d = x.dim() - 1; d >= 0; --d) {
+    sizes[d] = d == 1 ? count : x.size(d);
+    strides[d] = next;
+    next *= sizes[d];
+  }
+  return new_tensor(x, dtype_code(x), sizes, strides, x.dim());
+}
+
+MaybeTensor gather_tokens_new_cpu(const Tensor& x, const Tensor& ids) {
+  const Usual usual(x);
+  MoveCall call{};
+  if (x.dim() > MAX_DIMS || !usual_tokens(usual, x, &call.dtype, &call.n)) return {};
+  call.batch = x.size(0);
+  const std::vector<int32_t> index = ids_of(ids, call.batch, x.size(1));
+  if (index.empty()) return {};
+  call.count = ids.size(1);
+  const Tensor out = new_tokens(x, call.count);
+  call.out = {out.data_ptr(), call.count * call.n, call.n};
+  call.y = {x.data_ptr(), x.size(1) * call.n, call.n};
+  call.index = index.data();
+  move_tokens(call, TorchThreads{});
+  return out;
+}
+
+MaybeTensor scatter_tokens_new_cpu(const Tensor& base, const Tensor& y, const Tensor& ids) {
+  const Usual usual(base);
+  MoveCall call{};
+  DType dtype;
+  int64_t n;
+  if (base.dim() > MAX_DIMS || !usual_tokens(usual, base, &call.dtype, &call.n) ||
+      !usual_tokens(usual, y, &dtype, &n) || dtype != call.dtype || y.dim() != base.dim())
+    return {};
+  for (int64_t d = 0; d < y.dim(); ++d)
+    if (d != 1 && y.size(d) != base.size(d)) return {};
+  const int64_t N = base.size(1), keep = y.size(1);
+  call.batch = base.size(0);
+  const std::vector<int32_t> id = ids_of(ids, call.batch, N);
+  if (id.empty() || ids.size(1) != keep) return {};
+  std::vector<int32_t> slot(call.batch * N, -1);
+  for (int64_t b = 0; b < call.batch; ++b)
+    for (int64_t j = 0; j < keep; ++j) slot[b * N + id[b * keep + j]] = static_cast<int32_t>(j);
+  const Tensor out = new_like(base);
+  call.out = {out.data_ptr(), N * call.n, call.n};
+  call.base = {base.data_ptr(), N * call.n, call.n};
+  call.y = {y.data_ptr(), keep * call.n, call.n};
+  call.count = N;
+  call.index = slot.data();
+  move_tokens(call, TorchThreads{});
+  return out;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(pydiffuse, CPU, m) {
   m.impl("gather_tokens", TORCH_BOX(&gather_tokens_cpu));
+  m.impl("gather_tokens.new", TORCH_BOX(&gather_tokens_new_cpu));
+  m.impl("scatter_tokens.new", TORCH_BOX(&scatter_tokens_new_cpu));
   m.impl("scatter_tokens", TORCH_BOX(&scatter_tokens_cpu));
 }
 

@@ -1,6 +1,7 @@
 // The torch door of the selective scan on the CPU. Schemas stand in pydiffuse/_core/schemas.py.
 #include "../cpu/scan_call.h"
 #include "scan_args.h"
+#include "scan_direct.h"
 
 namespace pydiffuse {
 namespace {
@@ -46,10 +47,22 @@ void selective_state_update_cpu(const Tensor& out, const Tensor& state, const Te
                  TorchThreads{});
 }
 
+std::tuple<MaybeTensor, MaybeTensor> selective_scan_new_cpu(
+    const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C,
+    const MaybeTensor& D, const MaybeTensor& z, const MaybeTensor& delta_bias,
+    const MaybeTensor& initial, const MaybeTensor& order, bool softplus, bool bdl, bool with_last) {
+  return usual_scan({u, delta, A, B, C, D, z, delta_bias, initial, order, softplus, bdl}, with_last,
+                    [](const ScanCall& call) {
+                      check_steps("selective_scan", call);
+                      selective_scan(call, TorchThreads{});
+                    });
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(pydiffuse, CPU, m) {
   m.impl("selective_scan", TORCH_BOX(&selective_scan_cpu));
+  m.impl("selective_scan.new", TORCH_BOX(&selective_scan_new_cpu));
   m.impl("selective_scan_backward", TORCH_BOX(&selective_scan_backward_cpu));
   m.impl("selective_state_update", TORCH_BOX(&selective_state_update_cpu));
 }

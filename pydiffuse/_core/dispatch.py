@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pydiffuse._core.schemas import SCHEMAS, STEMS
+from pydiffuse._core.schemas import DIRECT, SCHEMAS, STEMS
 from pydiffuse._core.table import BACKENDS, PUBLIC
 
 _libraries = {name: torch.library.Library(name, "DEF") for name in ("pydiffuse", "pydiffuse_triton")}
@@ -29,6 +29,8 @@ def _define() -> None:
         for name, schema in SCHEMAS.items():
             library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
             torch.library.register_fake(f"{namespace}::{name}", lambda *args: None, lib=library)
+    for name, schema in DIRECT.items():
+        _libraries["pydiffuse"].define(name + schema)
 
 
 _define()
@@ -210,6 +212,34 @@ def ops_for(op: str, tensor: Tensor) -> Any:
             f" it serves {_SERVES[backend]}"
         )
     return torch.ops.pydiffuse_triton if backend == "triton" else torch.ops.pydiffuse
+
+
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+
+
+def direct(op: str, *tensors: Any) -> Any:
+    """The namespace of `DIRECT` calls, if the compiled extension serves these tensors as they are: no gradient is
+    due, nothing traces or transforms, no mode or subclass looks on. Else None: the general way."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return None
+    if torch._C._len_torch_dispatch_stack() or torch._C._is_torch_function_mode_enabled():
+        return None
+    first = tensors[0]
+    if first.__class__ not in _PLAIN:
+        return None
+    if first.is_cpu:
+        serves = built and (_forced is None or _forced == "cpu")
+    else:
+        serves = first.is_cuda and _forced in (None, "cuda") and _gpu_backend(op, first) == "cuda"
+    if not serves:
+        return None
+    learns, here = torch.is_grad_enabled(), first.is_cpu
+    for t in tensors:
+        if t is not None and (
+            t.__class__ not in _PLAIN or t.is_cpu is not here or t.is_meta or (learns and t.requires_grad)
+        ):
+            return None
+    return torch.ops.pydiffuse
 
 
 def _launcher(name: str, stem: str) -> Callable[..., None]:

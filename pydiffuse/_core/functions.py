@@ -10,7 +10,7 @@ from torch.autograd import Function
 
 
 def needs_function(*tensors: Tensor | None) -> bool:
-    """Whether a call must go through autograd: a gradient is due or a functorch transform is on."""
+    """Whether a call must go through autograd: a gradient or a tangent is due, or a functorch transform is on."""
     if torch.is_grad_enabled():
         for t in tensors:
             if t is not None and t.requires_grad:

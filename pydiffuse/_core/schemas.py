@@ -62,5 +62,30 @@ BY_STEM = {
     },
 }
 
+_GUIDE = "Tensor[] preds, Tensor? x, Tensor? history, Tensor? noise, int rule, float[] params, int emit"
+DIRECT = {
+    "guide.rule": "(Tensor[] preds, int rule, bool original, float rescale, float[] own) -> Tensor?",
+    "guide.new": f"({_GUIDE}) -> (Tensor?, Tensor?, Tensor?)",
+    "guide.into": f"(Tensor(a!)[] out, {_GUIDE}) -> bool",
+    "selective_scan.new": "(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z,"
+    " Tensor? delta_bias, Tensor? initial, Tensor? order, bool softplus, bool bdl, bool with_last)"
+    " -> (Tensor?, Tensor?)",
+    "causal_conv1d.new": "(Tensor x, Tensor weight, Tensor? bias, Tensor? order, bool silu, bool bdl)"
+    " -> Tensor?",
+    "tile_attention.new": "(Tensor q, Tensor k, Tensor v, float scale, Tensor plan, bool with_lse)"
+    " -> (Tensor?, Tensor?)",
+    "modulate.new": "(Tensor x, Tensor? branch, Tensor table, Tensor rows, int norm, float eps)"
+    " -> (Tensor?, Tensor?)",
+    "gather_tokens.new": "(Tensor x, Tensor ids) -> Tensor?",
+    "scatter_tokens.new": "(Tensor base, Tensor y, Tensor ids) -> Tensor?",
+    "mix_patches.new": "(Tensor x, Tensor? pred, Tensor? uncond, Tensor? noise, Tensor? t, Tensor? t_next,"
+    " Tensor? mask, float level, float next_level, int channels, int planes, int rows, int columns, int p,"
+    " int r, int c, int method, int path, int source, int target, float scale)"
+    " -> (Tensor?, Tensor?, Tensor?)",
+    "select_patches.new": "(Tensor score, int k, bool as_mask) -> (Tensor?, Tensor?)",
+}
+"""The usual call of a public function as one op of the compiled extension: it takes the user's tensors as they
+are and allocates its results. Nothing comes back where a call is unusual or wrong (`dispatch.direct`)."""
+
 SCHEMAS = {name: schema for ops in BY_STEM.values() for name, schema in ops.items()}
 STEMS = {name: stem for stem, ops in BY_STEM.items() for name in ops}

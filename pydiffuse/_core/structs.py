@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
+import torch
 from torch import Tensor
 
 # As in csrc/scan.h, csrc/conv.h and csrc/attention.h; a test compares them with the extension's.
@@ -57,3 +59,17 @@ class PlanTensors(NamedTuple):
     words: Tensor  # int32: the masks' bits; a row of queries is cdiv(keys of the tile, 32) words
     mask_at: Tensor  # int64 [masks]: a mask's first word
     order: Tensor | None  # int32 [S]: position p is token order[p]
+
+    def packed(self) -> Tensor:
+        """All of it as one int32 tensor on the CPU: 12 sizes, then the arrays (csrc/torch/attention.cpp)."""
+
+        def flat(t: Tensor | None) -> np.ndarray:
+            return np.zeros(0, np.int32) if t is None else t.detach().cpu().numpy().view(np.int32).ravel()
+
+        sides = (self[0:4], self[4:8])
+        head = [self.starts.shape[0], len(self.mask_at), len(self.words)]
+        head += [0 if self.order is None else len(self.order)]
+        for bounds, _, spans, blocks in sides:  # type: ignore[misc]
+            head += [len(bounds) - 1, len(spans), blocks.shape[1]]
+        arrays = [self.mask_at, *sides[0], *sides[1], self.words, self.order]
+        return torch.from_numpy(np.concatenate([np.array([*head, 0, 0], np.int32), *map(flat, arrays)]))

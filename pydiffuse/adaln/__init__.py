@@ -24,7 +24,7 @@ from pydiffuse._core import dispatch
 from pydiffuse._core.checks import describe
 from pydiffuse.adaln import reference
 from pydiffuse.adaln.apply import call_modulate
-from pydiffuse.adaln.arguments import check_modulation
+from pydiffuse.adaln.arguments import NORMS, check_modulation, usual_norm
 
 
 def modulate(
@@ -45,6 +45,11 @@ def modulate(
     second moment) or None. weight, bias: [D], applied within the norm. out: a tensor like x to write
     to, x itself included; it takes no part in autograd. Returns [..., D] in x's dtype.
     """
+    ops = dispatch.direct("modulate", x, table, rows)
+    if ops and weight is None and bias is None and out is None and usual_norm(norm, eps):
+        y, _ = ops.modulate.new(x, None, table, rows, NORMS.index(norm), eps)
+        if y is not None:
+            return y
     check_modulation("modulate", x, None, table, rows, norm, eps, weight, bias)
     if dispatch.forced_reference():
         return reference.modulate(x, table, rows, norm=norm, eps=eps, weight=weight, bias=bias, out=out)
@@ -72,6 +77,11 @@ def gate_residual_modulate(
     out: (r, y); r may be residual. Returns (r, y), each [..., D].
     """
     op = "gate_residual_modulate"
+    ops = dispatch.direct(op, residual, branch, table, rows)
+    if ops and weight is None and bias is None and out is None and usual_norm(norm, eps):
+        y, r = ops.modulate.new(residual, branch, table, rows, NORMS.index(norm), eps)
+        if y is not None:
+            return r, y
     check_modulation(op, residual, branch, table, rows, norm, eps, weight, bias)
     if out is not None and not (isinstance(out, tuple | list) and len(out) == 2):
         raise TypeError(f"{op}: out is {describe(out)}; accepted: a pair of tensors (r, y)")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,10 @@ from pydiffuse._core.checks import check_shape, describe
 
 NORMS = (None, "layer", "rms")  # as in csrc/adaln.h
 INTEGERS = (torch.int32, torch.int64)
+
+
+def usual_norm(norm: Any, eps: Any) -> bool:
+    return (norm is None or norm.__class__ is str) and norm in NORMS and eps.__class__ is float
 
 
 def check_modulation(

@@ -8,13 +8,16 @@ The work is in proportion to `plan.density`. The formulas stand in pydiffuse.ref
 
 from __future__ import annotations
 
+import math
+
+import torch
 from torch import Tensor
 
 from pydiffuse._core import dispatch
 from pydiffuse._core.checks import check_flag
 from pydiffuse._core.functions import needs_function
 from pydiffuse.attention import reference
-from pydiffuse.attention.arguments import apart, autocast, check_attention, entropy_scale, scale_of
+from pydiffuse.attention.arguments import apart, autocast, check_attention, entropy_scale, fits, scale_of
 from pydiffuse.attention.autograd import TileAttention, run_attention
 from pydiffuse.plans import TilePlan
 
@@ -45,6 +48,17 @@ def tile_attention(
     Efficient-vDiT, arXiv 2502.06155; Sliding Tile Attention, arXiv 2502.04507.
     """
     op = "tile_attention"
+    ops = dispatch.direct(op, q, k, v)
+    if (
+        ops
+        and fits(q, k, plan, scale)
+        and return_lse.__class__ is bool
+        and not torch.is_autocast_enabled("cpu")
+    ):
+        number = 1 / math.sqrt(q.shape[3]) if scale is None else float(scale)
+        out, lse = ops.tile_attention.new(q, k, v, number, plan.packed, return_lse)
+        if out is not None:
+            return (out, lse) if return_lse else out
     q, k, v = autocast(q, k, v)
     check_attention(op, q, k, v, plan)
     check_flag(op, "return_lse", return_lse)

@@ -51,6 +51,21 @@ def check_attention(op: str, q: Tensor, k: Tensor, v: Tensor, plan: TilePlan) ->
         raise ValueError(f"{op}: {plan!r} is for {plan.heads} heads and q has {H}; accepted: 1 or {H}")
 
 
+def fits(q: Tensor, k: Tensor, plan: Any, scale: Any) -> bool:
+    """Whether the plan is for these tokens and heads and on the CPU, and the scale a number: what a direct
+    call asks for beside the shapes, which it looks at itself."""
+    if plan.__class__ is not TilePlan or q.dim() != 4 or k.dim() != 4:
+        return False
+    _, H, S, _ = q.shape
+    return (
+        plan.q_length == S
+        and plan.k_length == k.shape[2]
+        and plan.heads in (1, H)
+        and plan.tensors.spans.is_cpu
+        and (scale is None or (scale.__class__ in (float, int) and abs(scale) < 3e38))
+    )
+
+
 def entropy_scale(head_dim: int, length: int, trained_length: int) -> float:
     """The scale that keeps the attention's entropy at another number of tokens than the trained one:
     sqrt(log_T(N) / D), N tokens now, T in training; 1/sqrt(D) at N = T (Jin et al., arXiv 2306.08645)."""

@@ -12,7 +12,7 @@ from pydiffuse._core.structs import MAX_WIDTH
 from pydiffuse.conv import reference
 from pydiffuse.conv.autograd import CausalConv1d
 from pydiffuse.paths import ScanPath
-from pydiffuse.paths.steps import PathLike, check_layout, steps_of
+from pydiffuse.paths.steps import PathLike, check_layout, steps_of, usual_order
 
 
 def causal_conv1d(
@@ -35,6 +35,14 @@ def causal_conv1d(
     Differentiable once. As causal-conv1d's function of the same name where path is None.
     """
     op = "causal_conv1d"
+    ops = dispatch.direct(op, x, weight, bias)
+    if ops and cu_seqlens is None and layout in ("bdl", "bld") and activation in ("silu", "swish", None):
+        usual, order = usual_order(path, reverse, x)
+        y = None
+        if usual:
+            y = ops.causal_conv1d.new(x, weight, bias, order, activation is not None, layout == "bdl")
+        if y is not None:
+            return y
     check_layout(op, layout)
     bdl = layout == "bdl"
     check_shape(op, "x", x, (None, None, None), "(B, D, L)" if bdl else "(B, L, D)")

@@ -29,7 +29,7 @@ from pydiffuse._core.checks import (
 )
 from pydiffuse._core.rules import EMIT_PREDICT, EMIT_STATE, EMIT_UPDATE, RULES, own_values
 from pydiffuse.guidance import reference
-from pydiffuse.guidance.apply import Update, call_in_two, call_rule, value_of
+from pydiffuse.guidance.apply import Update, call_in_two, call_rule, directly, value_of
 from pydiffuse.guidance.arguments import Scalar, sequence, weights_of
 from pydiffuse.guidance.autograd import Gram, Mix, run_mix
 
@@ -336,10 +336,6 @@ def guide(
     row = RULES.get(rule)
     if row is None:
         raise ValueError(f"guide: unknown rule {rule!r}; accepted: {', '.join(RULES)}")
-    check_tensors("guide", "preds", preds)
-    for name, value in (("x", x), ("history", history), ("noise", noise)):
-        if value is not None:
-            check_tensors("guide", f"preds[0], {name}", (preds[0], value), same_dtype=False)
     if len(preds) not in row.counts:
         raise ValueError(
             f"guide: preds holds {len(preds)} tensors; rule {rule!r} accepts ({', '.join(row.preds)})"
@@ -349,14 +345,6 @@ def guide(
     momentum = parameters.get("momentum")
     if rule == "apg" and len(preds) == 3 and momentum is None:
         raise ValueError("guide: preds holds apg's state, but momentum was left out; give both")
-    if dispatch.forced_reference():
-        common = {"original": original, "rescale": rescale} if row.common else {}
-        if rule == "rescale":
-            common = {"rescale": rescale}
-        return reference.guide(
-            preds, rule, x=x, a=a, b=b, history=history, h=h, noise=noise, s=s, predict=predict, out=out,
-            **common, **parameters,
-        )  # fmt: skip
     emit = EMIT_UPDATE
     if predict is not None:
         emit |= EMIT_PREDICT
@@ -365,6 +353,21 @@ def guide(
     p, q = (0.0, 1.0) if predict is None else predict
     update = Update(x, history, noise, (a, b, h, s, p, q))
     values = own_values(row, len(preds), parameters, weights_of)
+    found = directly("guide", row, preds, update, values, original, rescale, out, emit)
+    if found is not None:
+        return found
+    check_tensors("guide", "preds", preds)
+    for name, value in (("x", x), ("history", history), ("noise", noise)):
+        if value is not None:
+            check_tensors("guide", f"preds[0], {name}", (preds[0], value), same_dtype=False)
+    if dispatch.forced_reference():
+        common = {"original": original, "rescale": rescale} if row.common else {}
+        if rule == "rescale":
+            common = {"rescale": rescale}
+        return reference.guide(
+            preds, rule, x=x, a=a, b=b, history=history, h=h, noise=noise, s=s, predict=predict, out=out,
+            **common, **parameters,
+        )  # fmt: skip
     learned = any(isinstance(c, Tensor) and c.requires_grad for c in update.numbers)
     if learned and out is None and torch.is_grad_enabled():
         return call_in_two(row, preds, values, original, rescale, update, emit)

@@ -44,6 +44,20 @@ def value_of(
     """The value of a rule, with no update: the way of every function that is named after one."""
     row = RULES[rule]
     name = name or rule
+    if out is None and emit == EMIT_UPDATE:
+        ops = dispatch.direct(name, *preds)
+        if (
+            ops
+            and NUMBERS.issuperset(map(type, (original, rescale, *values)))
+            and len(preds) in row.counts
+        ):
+            found = ops.guide.rule(preds, row.code, original, rescale, values)
+            if found is not None:
+                return found
+    else:
+        found = directly(name, row, preds, PLAIN, values, original, rescale, out, emit)
+        if found is not None:
+            return found
     check_tensors(name, "the predictions", preds)
     if len(preds) not in row.counts:
         raise ValueError(f"{name}: {len(preds)} predictions; accepted: ({', '.join(row.preds)})")
@@ -74,6 +88,33 @@ def _reference(
         results = reference.apply(row.name, preds, **parameters)
         return tuple(o.copy_(r) for o, r in zip(out, results, strict=True))
     return reference.apply(row.name, preds, out=out, **parameters)
+
+
+def directly(
+    op: str,
+    row: Rule,
+    preds: tuple[Tensor, ...],
+    update: Update,
+    values: tuple[Scalar, ...],
+    original: bool,
+    rescale: Scalar,
+    out: Any,
+    emit: int,
+) -> Any:
+    """The usual call: contiguous tensors, numbers for parameters, no gradient. None where it is not."""
+    x, history, noise, numbers = update
+    given = (*numbers, original, rescale, *values)
+    if not NUMBERS.issuperset(map(type, given)) or len(preds) not in row.counts:
+        return None
+    outs = () if out is None else (out,) if out.__class__ is Tensor else tuple(out)
+    ops = dispatch.direct(op, *preds, x, history, noise, *outs)
+    if ops is None:
+        return None
+    arguments = (preds, x, history, noise, row.code, tuple(map(float, given)), emit)
+    if out is not None:
+        return out if ops.guide.into(outs, *arguments) else None
+    results = ops.guide.new(*arguments)
+    return results[0] if emit == EMIT_UPDATE else tuple(r for r in results if r is not None) or None
 
 
 def call_rule(

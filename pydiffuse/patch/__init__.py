@@ -38,7 +38,7 @@ from pydiffuse._core.grids import (
     X,
 )  # fmt: skip
 from pydiffuse.patch import reference
-from pydiffuse.patch.apply import Picks, mixed, select
+from pydiffuse.patch.apply import Picks, directly, mixed, select
 from pydiffuse.patch.arguments import (
     Patches,
     Scalar,
@@ -122,6 +122,10 @@ def noise_patches(
     route = check_name(op, "path", path, PATHS)
     kind = check_name(op, "target", target or OWN_KIND[path], KINDS)
     given = (x1,) if noise is None else (x1, noise)
+    if out is None and noise is not None:
+        made = directly(op, (NOISE, route, kind, kind), x1, None, None, noise, t, None, patch_size)
+        if made is not None:
+            return made
     patches = patches_of(op, "x1, noise", given, patch_size)
     table = check_level(op, "t", t, patches, x1)
     if out is not None and (not isinstance(out, tuple | list) or len(out) != 2):
@@ -163,6 +167,9 @@ def convert(
     op = "convert"
     route = check_name(op, "path", path, PATHS)
     kinds = [check_name(op, n, k, KINDS) for n, k in (("source", source), ("target", target))]
+    made = directly(op, (CONVERT, route, *kinds), x, pred, None, None, t, None, patch_size)
+    if made is not None:
+        return made
     patches = patches_of(op, "x, pred", (x, pred), patch_size)
     table = check_level(op, "t", t, patches, x)
     if dispatch.forced_reference():
@@ -223,6 +230,12 @@ def patch_step(
         raise ValueError(f"patch_step: history was given, but {method!r} has none; accepted: 'multistep'")
     if method == "ancestral" and not 0 <= eta <= 1:
         raise ValueError(f"patch_step: eta is {eta}; accepted: 0 to 1")
+    guides = isinstance(scale, float | int) and (uncond is not None or scale == 1.0)
+    if guides and out is None and method in ("euler", "ddim"):
+        rule = (code, route, kind, kind)
+        made = directly(op, rule, x, pred, uncond, None, t, t_next, patch_size, mask, scale)  # type: ignore[arg-type]
+        if made is not None:
+            return made
     slopes, then = _history(history)
     found = {X: x, PRED: pred, UNCOND: uncond, HISTORY: slopes, NOISY: noise}
     terms = {place: term for place, term in found.items() if term is not None}
@@ -322,6 +335,11 @@ def select_patches(score: Tensor, k: int, *, as_mask: bool = False) -> Tensor | 
     ascending; with `as_mask` a bool (B, N), True for the k. No gradient.
     """
     op = "select_patches"
+    ops = dispatch.direct(op, score)
+    if ops and k.__class__ is int and as_mask.__class__ is bool:
+        first, rest = ops.select_patches.new(score.detach(), k, as_mask)
+        if first is not None:
+            return first if as_mask else (first, rest)
     B, N, _ = check_score(op, score, k)
     check_flag(op, "as_mask", as_mask)
     if dispatch.forced_reference():

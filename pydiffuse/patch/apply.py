@@ -2,16 +2,56 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from pydiffuse._core import dispatch
 from pydiffuse._core.checks import check_no_grad, check_outs
 from pydiffuse._core.dispatch import ops_for
 from pydiffuse._core.functions import needs_function
-from pydiffuse.patch.arguments import Scalar
+from pydiffuse._core.grids import METHODS, PatchSize
+from pydiffuse.patch.arguments import Scalar, remembered
 from pydiffuse.patch.autograd import Call, MixPatches, Tables, fresh, run_mix_patches, with_levels
+
+NUMBERS = (float, int)
+
+
+def directly(
+    op: str,
+    rule: tuple[int, ...],
+    x: Tensor,
+    pred: Tensor | None,
+    uncond: Tensor | None,
+    noise: Tensor | None,
+    t: Scalar,
+    t_next: Scalar | None,
+    patch_size: PatchSize,
+    mask: Tensor | None = None,
+    scale: float = 1.0,
+) -> Any:
+    """The usual call: contiguous images, float32 levels or numbers, no gradient. What the method makes, and
+    of a step where the patches are; None where it is not."""
+    now, level = (t, 0.0) if isinstance(t, Tensor) else (None, t)
+    then, next_level = (t_next, 0.0) if isinstance(t_next, Tensor) else (None, t_next)
+    ops = dispatch.direct(op, x, pred, uncond, noise, now, then, mask)
+    if t_next is None and rule[0] >= len(METHODS):
+        next_level = 0.0
+    if (
+        ops is None
+        or level.__class__ not in NUMBERS
+        or next_level.__class__ not in NUMBERS
+        or x.dim() < 3
+    ):
+        return None
+    grid = remembered(op, x.shape, patch_size).grid
+    first, second, arrived = ops.mix_patches.new(
+        x, pred, uncond, noise, now, then, mask, level, next_level, *grid, *rule, scale
+    )
+    if first is None:
+        return None
+    return first if second is None and arrived is None else (first, arrived if second is None else second)
 
 
 def mixed(

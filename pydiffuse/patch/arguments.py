@@ -30,7 +30,7 @@ def patches_of(op: str, names: str, images: Sequence[Tensor], patch_size: PatchS
     shape = images[0].shape
     if torch.compiler.is_compiling():  # sizes may be symbols, which do not hash
         return _divided(op, shape, patch_size)
-    return _remembered(op, shape, patch_size if isinstance(patch_size, int | None) else tuple(patch_size))
+    return remembered(op, shape, patch_size)
 
 
 def _divided(op: str, shape: Sequence[int], patch_size: PatchSize) -> Patches:
@@ -38,7 +38,11 @@ def _divided(op: str, shape: Sequence[int], patch_size: PatchSize) -> Patches:
     return Patches(shape[0], count_patches(shape, sizes), tuple(grid_of(shape, sizes).flat))
 
 
-_remembered = lru_cache(maxsize=256, typed=True)(_divided)
+_divisions = lru_cache(maxsize=256, typed=True)(_divided)
+
+
+def remembered(op: str, shape: Sequence[int], patch_size: PatchSize) -> Patches:
+    return _divisions(op, shape, patch_size if isinstance(patch_size, int | None) else tuple(patch_size))
 
 
 def check_name(op: str, argument: str, value: str, accepted: Sequence[str]) -> int:

@@ -46,6 +46,17 @@ def path_of(op: str, path: Any, L: int, argument: str = "path") -> ScanPath:
     return path
 
 
+def usual_order(path: Any, reverse: Any, like: Tensor) -> tuple[bool, Tensor | None]:
+    """Whether the steps are the tokens as they stand, or those of one path whose tensors are where `like` is;
+    and that order."""
+    if path is None:
+        return reverse is False, None
+    if path.__class__ is not ScanPath or reverse.__class__ is not bool:
+        return False, None
+    order = path.reversed().order if reverse else path.order
+    return order.device == like.device, order
+
+
 def steps_of(
     op: str, path: Any, reverse: bool, cu_seqlens: Any, L: int, device: torch.device
 ) -> tuple[Steps, int | None]:

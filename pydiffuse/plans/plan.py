@@ -16,6 +16,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from os import PathLike
 from typing import Any, TypeVar
 
@@ -85,6 +86,12 @@ class TilePlan:
         with real_tensors():
             order = self.to("cpu").order
             return None if order is None else order.numpy()
+
+    @cached_property
+    def packed(self) -> Tensor:
+        """What direct calls on the CPU take."""
+        with real_tensors():
+            return self.tensors.packed()
 
     def to(self, device: torch.device | str | int) -> TilePlan:
         """The same plan with its tensors on `device`: copied once, then the same object again."""

@@ -69,6 +69,11 @@ def gather_tokens(x: Tensor, ids: Tensor) -> Tensor:
     x: [B, N, D...]. ids: (B, keep) int32 or int64, unique within a sample, in any order. Returns
     [B, keep, D...]. Differentiable to any order, without atomics.
     """
+    ops = dispatch.direct("gather_tokens", x, ids)
+    if ops:
+        tokens = ops.gather_tokens.new(x, ids)
+        if tokens is not None:
+            return tokens
     check_tokens("gather_tokens", "x", x)
     check_ids("gather_tokens", ids, x)
     if dispatch.forced_reference():
@@ -98,6 +103,11 @@ def scatter_tokens(
     autograd. Returns [B, N, D...].
     """
     op = "scatter_tokens"
+    ops = dispatch.direct(op, base, y, ids)
+    if ops and gate is None and out is None:
+        tokens = ops.scatter_tokens.new(base, y, ids)
+        if tokens is not None:
+            return tokens
     check_tokens(op, "base", base)
     check_ids(op, ids, base)
     check_tokens(op, "y", y, like=base, count=ids.shape[1])

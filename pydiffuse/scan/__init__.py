@@ -19,7 +19,7 @@ from pydiffuse._core.functions import needs_function
 from pydiffuse._core.structs import MAX_STATES
 from pydiffuse.conv import causal_conv1d
 from pydiffuse.paths import ScanPath
-from pydiffuse.paths.steps import PathLike, check_layout, steps_of
+from pydiffuse.paths.steps import PathLike, check_layout, steps_of, usual_order
 from pydiffuse.scan import reference
 from pydiffuse.scan.arguments import last_state, scan_arguments
 from pydiffuse.scan.autograd import SelectiveScan, run_scan
@@ -66,6 +66,17 @@ def selective_scan(
 
     As mamba_ssm's selective_scan_fn where path is None.  Mamba, arXiv 2312.00752.
     """
+    ops = dispatch.direct("selective_scan", u, delta, A, B, C, D, z, delta_bias, initial_state)
+    if ops and cu_seqlens is None and layout in ("bdl", "bld") and delta_softplus.__class__ is bool:
+        usual, order = usual_order(path, reverse, u)
+        y, last = None, None
+        if usual:
+            y, last = ops.selective_scan.new(
+                u, delta, A, B, C, D, z, delta_bias, initial_state, order, delta_softplus, layout == "bdl",
+                bool(return_last_state),
+            )  # fmt: skip
+        if y is not None:
+            return y if last is None else (y, last)
     given = (u, delta, A, B, C, D, z, delta_bias, delta_softplus)
     where: dict[str, Any] = {
         "path": path,
@@ -82,7 +93,6 @@ def selective_scan(
     args, K = scan_arguments("selective_scan", *given, path, reverse, initial_state, cu_seqlens, layout)
     if dispatch.forced_reference():
         return reference.selective_scan(*given, return_last_state, **where, layout=layout)
-    last: Tensor | None
     if needs_function(u, delta, A, B, C, D, z, delta_bias, initial_state):
         y, _, *states = SelectiveScan.apply("selective_scan", return_last_state, *args)
         last = states[0] if states else None

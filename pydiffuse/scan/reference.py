@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pydiffuse.paths import ScanPath
 from pydiffuse.conv.reference import causal_conv1d
+from pydiffuse.paths import ScanPath
 
 Path = ScanPath | Tensor | Sequence[int] | None
 
