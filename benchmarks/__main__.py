@@ -25,7 +25,7 @@ from benchmarks import tables
 from benchmarks.row import Row
 
 RESULTS = Path(__file__).parent / "results"
-STEMS = ("guidance", "scan", "attention", "adaln", "routing", "patch", "model")
+STEMS = ("calls", "guidance", "scan", "attention", "adaln", "routing", "patch", "model")
 
 
 def machine(device: str) -> dict[str, Any]:

@@ -66,6 +66,14 @@ class Usual {
   int32_t index_;
 };
 
+// The numbers of a call, as a float64 tensor on the CPU: to a dispatcher a tensor costs a fraction
+// of what its numbers do. Null where it is none of `least` or more.
+inline const double* numbers_of(const Tensor& t, int64_t least) {
+  const bool fits = t.is_cpu() && t.scalar_type() == ScalarType::Double && t.dim() == 1 &&
+                    t.numel() >= least && t.is_contiguous();
+  return fits ? static_cast<const double*>(t.data_ptr()) : nullptr;
+}
+
 inline int32_t dtype_code(const Tensor& t) {
   int32_t code;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &code));

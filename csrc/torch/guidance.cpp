@@ -57,33 +57,30 @@ void gram_cpu(const Tensor& out, const MaybeTensor& sums, const Tensors& preds) 
            s ? s + b * k : unused.data());
 }
 
-MaybeTensor guide_rule_cpu(const Tensors& preds, int64_t rule, bool original, double rescale,
-                           const std::vector<double>& own) {
+MaybeTensor guide_rule_cpu(const Tensors& preds, const Tensor& numbers) {
+  const UsualRule r(numbers);
   const MaybeTensor none;
-  MaybeTensor found;
-  std::vector<double> params{1, 1, 0, 0, 0, 1, double(original), rescale};
-  params.insert(params.end(), own.begin(), own.end());
-  usual_guide({preds, none, none, none, EMIT_UPDATE}, [&](const Tensors& out) {
-    guide_cpu(out, preds, none, none, none, rule, params, rescale != 0, none, {}, EMIT_UPDATE);
-    found = out[0];
-  });
-  return found;
+  if (!r || r.emit != EMIT_UPDATE) return {};
+  return std::get<0>(usual_guide({preds, none, none, none, r.emit}, [&](const Tensors& out) {
+    guide_cpu(out, preds, none, none, none, r.rule, r.params, r.rescaled(), none, {}, r.emit);
+  }));
 }
 
 UsualGuided guide_new_cpu(const Tensors& preds, const MaybeTensor& x, const MaybeTensor& history,
-                          const MaybeTensor& noise, int64_t rule, const std::vector<double>& params,
-                          int64_t emit) {
-  return usual_guide({preds, x, history, noise, emit}, [&](const Tensors& out) {
-    guide_cpu(out, preds, x, history, noise, rule, params, rescaled(params), {}, {}, emit);
+                          const MaybeTensor& noise, const Tensor& numbers) {
+  const UsualRule r(numbers);
+  if (!r) return {};
+  return usual_guide({preds, x, history, noise, r.emit}, [&](const Tensors& out) {
+    guide_cpu(out, preds, x, history, noise, r.rule, r.params, r.rescaled(), {}, {}, r.emit);
   });
 }
 
 bool guide_into_cpu(const Tensors& out, const Tensors& preds, const MaybeTensor& x,
-                    const MaybeTensor& history, const MaybeTensor& noise, int64_t rule,
-                    const std::vector<double>& params, int64_t emit) {
-  return usual_guide_into({preds, x, history, noise, emit}, out, [&](const Tensors& to) {
-    guide_cpu(to, preds, x, history, noise, rule, params, rescaled(params), {}, {}, emit);
-  });
+                    const MaybeTensor& history, const MaybeTensor& noise, const Tensor& numbers) {
+  const UsualRule r(numbers);
+  return r && usual_guide_into({preds, x, history, noise, r.emit}, out, [&](const Tensors& to) {
+           guide_cpu(to, preds, x, history, noise, r.rule, r.params, r.rescaled(), {}, {}, r.emit);
+         });
 }
 
 }  // namespace

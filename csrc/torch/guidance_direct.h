@@ -67,9 +67,20 @@ struct UsualGuide {
   }
 };
 
-inline bool rescaled(const std::vector<double>& params) {
-  return params.size() > param::phi && params[param::phi] != 0;
-}
+// What a call is made of beside its tensors: the rule's code, what it emits, the parameters.
+struct UsualRule {
+  int64_t rule = -1, emit = 0;
+  std::vector<double> params;
+
+  explicit UsualRule(const Tensor& numbers) {
+    const double* data = numbers_of(numbers, 2 + param::RULE);
+    if (!data) return;
+    rule = static_cast<int64_t>(data[0]), emit = static_cast<int64_t>(data[1]);
+    params.assign(data + 2, data + numbers.numel());
+  }
+  explicit operator bool() const { return rule >= 0 && emit > 0; }
+  bool rescaled() const { return params[param::phi] != 0; }
+};
 
 using UsualGuided = std::tuple<MaybeTensor, MaybeTensor, MaybeTensor>;
 

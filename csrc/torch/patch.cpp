@@ -1,4 +1,6 @@
 // The torch door of patches on the CPU. Schemas stand in pydiffuse/_core/schemas.py.
+#include <algorithm>
+
 #include "../cpu/patch_call.h"
 #include "direct.h"
 
@@ -106,33 +108,30 @@ void mix_patches_cpu(const Tensors& out, const MaybeTensor& arrived, const Tenso
   mix_patches(call, TorchThreads{});
 }
 
-// A level for every patch, in [0, 1]: float32 (B, N), (B,) or one value; the number where there is
-// none.
-bool usual_level(const Usual& usual, const MaybeTensor& t, const float* number, int64_t batch,
-                 int64_t patches, Table* table) {
-  *table = {number, {}};
-  if (t) {
-    if (t->scalar_type() != ScalarType::Float || !usual.here(*t) || t->dim() > 2) return false;
-    if (t->dim() >= 1 && t->size(0) != batch) return false;
-    if (t->dim() == 2 && t->size(1) != patches) return false;
-    *table = {static_cast<const float*>(t->data_ptr()),
-              {t->dim() >= 1 ? t->stride(0) : 0, t->dim() == 2 ? t->stride(1) : 0}};
-  }
+// A level for every patch, in [0, 1]: float32 (B, N), (B,) or one value.
+bool usual_level(const Usual& usual, const Tensor& t, int64_t batch, int64_t patches,
+                 Table* table) {
+  if (t.scalar_type() != ScalarType::Float || !usual.here(t) || t.dim() > 2) return false;
+  if (t.dim() >= 1 && t.size(0) != batch) return false;
+  if (t.dim() == 2 && t.size(1) != patches) return false;
+  *table = {static_cast<const float*>(t.data_ptr()),
+            {t.dim() >= 1 ? t.stride(0) : 0, t.dim() == 2 ? t.stride(1) : 0}};
   return patch_kernels().within(*table, batch, patches);
 }
 
 // Contiguous images. Gives what the method makes, and of a step where the patches are.
 std::tuple<MaybeTensor, MaybeTensor, MaybeTensor> mix_patches_new_cpu(
     const Tensor& x, const MaybeTensor& pred, const MaybeTensor& uncond, const MaybeTensor& noise,
-    const MaybeTensor& t, const MaybeTensor& next, const MaybeTensor& mask, double level,
-    double next_level, int64_t channels, int64_t planes, int64_t rows, int64_t columns, int64_t p,
-    int64_t r, int64_t c, int64_t method, int64_t path, int64_t source, int64_t target,
-    double scale) {
+    const Tensor& t, const MaybeTensor& next, const MaybeTensor& mask, const Tensor& numbers) {
   const Usual usual(x);
+  const double* of = numbers_of(numbers, 12);
+  if (!of) return {};
+  int64_t n[11];  // the grid's 7, then method, path, source, target; the last number is the scale
+  std::transform(of, of + 11, n, [](double v) { return static_cast<int64_t>(v); });
   MixPatchesCall call{};
-  call.rule = {Method(method), Path(path), Kind(source), Kind(target), 1.0};
-  call.grid = {channels, {planes, rows, columns}, {p, r, c}};
-  if (x.numel() == 0 || x.dim() > MAX_DIMS || p < 1 || r < 1 || c < 1) return {};
+  call.rule = {Method(n[7]), Path(n[8]), Kind(n[9]), Kind(n[10]), 1.0};
+  call.grid = {n[0], {n[1], n[2], n[3]}, {n[4], n[5], n[6]}};
+  if (x.numel() == 0 || x.dim() > MAX_DIMS || std::min({n[4], n[5], n[6]}) < 1) return {};
   const int64_t batch = call.batch = x.size(0), patches = call.grid.patches();
   if (x.numel() != batch * call.grid.elements()) return {};
   const auto term = [&](const Tensor& image, int place) {
@@ -144,13 +143,12 @@ std::tuple<MaybeTensor, MaybeTensor, MaybeTensor> mix_patches_new_cpu(
   if (!term(x, TERM_X) || (pred && !term(*pred, TERM_PRED)) ||
       (uncond && !term(*uncond, TERM_UNCOND)) || (noise && !term(*noise, TERM_NOISE)))
     return {};
-  const float levels[] = {float(level), float(next_level)};
   const bool steps = call.rule.method <= Method::multistep;
-  if (!usual_level(usual, t, levels, batch, patches, &call.t) ||
-      (steps && !usual_level(usual, next, levels + 1, batch, patches, &call.next)) ||
+  if (!usual_level(usual, t, batch, patches, &call.t) ||
+      (steps && !(next && usual_level(usual, *next, batch, patches, &call.next))) ||
       !usual.plain(mask, ScalarType::Bool, {batch, patches}, &call.mask))
     return {};
-  call.scale = float(scale);
+  call.scale = float(of[11]);
   const auto make = [&](int place) {
     const Tensor& own = call.rule.method == Method::convert ? *pred : x;
     const Tensor made = new_like(own);

@@ -62,9 +62,9 @@ BY_STEM = {
     },
 }
 
-_GUIDE = "Tensor[] preds, Tensor? x, Tensor? history, Tensor? noise, int rule, float[] params, int emit"
+_GUIDE = "Tensor[] preds, Tensor? x, Tensor? history, Tensor? noise, Tensor numbers"
 DIRECT = {
-    "guide.rule": "(Tensor[] preds, int rule, bool original, float rescale, float[] own) -> Tensor?",
+    "guide.rule": "(Tensor[] preds, Tensor numbers) -> Tensor?",
     "guide.new": f"({_GUIDE}) -> (Tensor?, Tensor?, Tensor?)",
     "guide.into": f"(Tensor(a!)[] out, {_GUIDE}) -> bool",
     "selective_scan.new": "(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z,"
@@ -78,14 +78,12 @@ DIRECT = {
     " -> (Tensor?, Tensor?)",
     "gather_tokens.new": "(Tensor x, Tensor ids) -> Tensor?",
     "scatter_tokens.new": "(Tensor base, Tensor y, Tensor ids) -> Tensor?",
-    "mix_patches.new": "(Tensor x, Tensor? pred, Tensor? uncond, Tensor? noise, Tensor? t, Tensor? t_next,"
-    " Tensor? mask, float level, float next_level, int channels, int planes, int rows, int columns, int p,"
-    " int r, int c, int method, int path, int source, int target, float scale)"
-    " -> (Tensor?, Tensor?, Tensor?)",
+    "mix_patches.new": "(Tensor x, Tensor? pred, Tensor? uncond, Tensor? noise, Tensor t, Tensor? t_next,"
+    " Tensor? mask, Tensor numbers) -> (Tensor?, Tensor?, Tensor?)",
     "select_patches.new": "(Tensor score, int k, bool as_mask) -> (Tensor?, Tensor?)",
 }
 """The usual call of a public function as one op of the compiled extension: it takes the user's tensors as they
-are and allocates its results. Nothing comes back where a call is unusual or wrong (`dispatch.direct`)."""
+are and allocates its results; numbers come as one float64 tensor (`structs.numbers`). Nothing comes back where a call is unusual or wrong (`dispatch.direct`)."""
 
 SCHEMAS = {name: schema for ops in BY_STEM.values() for name, schema in ops.items()}
 STEMS = {name: stem for stem, ops in BY_STEM.items() for name in ops}

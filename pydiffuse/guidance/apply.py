@@ -11,6 +11,7 @@ from pydiffuse._core import dispatch
 from pydiffuse._core.checks import check_no_grad, check_outs, check_scalar, check_tensors, writable
 from pydiffuse._core.functions import needs_function
 from pydiffuse._core.rules import EMIT_PREDICT, EMIT_STATE, EMIT_UPDATE, RULES, Rule
+from pydiffuse._core.structs import numbers
 from pydiffuse.guidance import reference
 from pydiffuse.guidance.arguments import Scalar, number_of, parameter_name
 from pydiffuse.guidance.autograd import Call, Guide, Mix, outputs, run_guide
@@ -51,7 +52,8 @@ def value_of(
             and NUMBERS.issuperset(map(type, (original, rescale, *values)))
             and len(preds) in row.counts
         ):
-            found = ops.guide.rule(preds, row.code, original, rescale, values)
+            facts = numbers(row.code, emit, *PLAIN.numbers, original, rescale, *values)
+            found = ops.guide.rule(preds, facts)
             if found is not None:
                 return found
     else:
@@ -102,15 +104,15 @@ def directly(
     emit: int,
 ) -> Any:
     """The usual call: contiguous tensors, numbers for parameters, no gradient. None where it is not."""
-    x, history, noise, numbers = update
-    given = (*numbers, original, rescale, *values)
+    x, history, noise, of_update = update
+    given = (*of_update, original, rescale, *values)
     if not NUMBERS.issuperset(map(type, given)) or len(preds) not in row.counts:
         return None
     outs = () if out is None else (out,) if out.__class__ is Tensor else tuple(out)
     ops = dispatch.direct(op, *preds, x, history, noise, *outs)
     if ops is None:
         return None
-    arguments = (preds, x, history, noise, row.code, tuple(map(float, given)), emit)
+    arguments = (preds, x, history, noise, numbers(row.code, emit, *given))
     if out is not None:
         return out if ops.guide.into(outs, *arguments) else None
     results = ops.guide.new(*arguments)
@@ -129,8 +131,8 @@ def call_rule(
     emit: int,
 ) -> Any:
     """One call of `guide`: through autograd if a gradient is due, straight to the op if not."""
-    x, history, noise, numbers = update
-    given = (*numbers, original, rescale, *values)
+    x, history, noise, of_update = update
+    given = (*of_update, original, rescale, *values)
     tensors: list[Tensor] = []
     columns: tuple[int, ...] = ()
     varied = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -12,10 +13,21 @@ from pydiffuse._core.checks import check_no_grad, check_outs
 from pydiffuse._core.dispatch import ops_for
 from pydiffuse._core.functions import needs_function
 from pydiffuse._core.grids import METHODS, PatchSize
+from pydiffuse._core.structs import numbers
 from pydiffuse.patch.arguments import Scalar, remembered
 from pydiffuse.patch.autograd import Call, MixPatches, Tables, fresh, run_mix_patches, with_levels
 
-NUMBERS = (float, int)
+
+def level_of(value: Any) -> Tensor | None:
+    """A level as a tensor; None where it is neither a tensor nor a number."""
+    if isinstance(value, Tensor):
+        return value
+    return one_level(value) if value.__class__ in (float, int) else None
+
+
+@lru_cache(maxsize=256)
+def one_level(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float32, device="cpu")
 
 
 def directly(
@@ -33,22 +45,13 @@ def directly(
 ) -> Any:
     """The usual call: contiguous images, float32 levels or numbers, no gradient. What the method makes, and
     of a step where the patches are; None where it is not."""
-    now, level = (t, 0.0) if isinstance(t, Tensor) else (None, t)
-    then, next_level = (t_next, 0.0) if isinstance(t_next, Tensor) else (None, t_next)
+    steps = rule[0] < len(METHODS)
+    now, then = level_of(t), level_of(t_next) if steps else None
     ops = dispatch.direct(op, x, pred, uncond, noise, now, then, mask)
-    if t_next is None and rule[0] >= len(METHODS):
-        next_level = 0.0
-    if (
-        ops is None
-        or level.__class__ not in NUMBERS
-        or next_level.__class__ not in NUMBERS
-        or x.dim() < 3
-    ):
+    if ops is None or now is None or (steps and then is None) or x.dim() < 3:
         return None
-    grid = remembered(op, x.shape, patch_size).grid
-    first, second, arrived = ops.mix_patches.new(
-        x, pred, uncond, noise, now, then, mask, level, next_level, *grid, *rule, scale
-    )
+    facts = numbers(*remembered(op, x.shape, patch_size).grid, *rule, scale)
+    first, second, arrived = ops.mix_patches.new(x, pred, uncond, noise, now, then, mask, facts)
     if first is None:
         return None
     return first if second is None and arrived is None else (first, arrived if second is None else second)
