@@ -51,6 +51,31 @@ def test_every_declared_backend_has_its_room(op):
     assert any(case.op == op.name for case in CASES), f"no case of {op.name} in the table"
 
 
+def test_both_languages_have_the_same_limits_and_codes():
+    from pydiffuse._core import grids, rules, structs
+    from pydiffuse.adaln.arguments import NORMS
+
+    methods = (*grids.METHODS, "noise", "convert", "residual")
+    expected = {name: getattr(structs, name) for name in ("MAX_STATES", "CHUNK", "MAX_WIDTH", "BLOCK")}
+    expected |= {"MAX_HEAD_DIM": structs.MAX_HEAD_DIM, "MAX_PREDS": rules.MAX_PREDS}
+    expected |= {f"EMIT_{n}": getattr(rules, f"EMIT_{n}") for n in ("UPDATE", "PREDICT", "STATE")}
+    expected |= {f"Rule.{r.name}": r.code for r in rules.RULES.values()}
+    for enum, names in (
+        ("Path", grids.PATHS), ("Kind", grids.KINDS), ("Method", methods),
+        ("Norm", [n or "none" for n in NORMS]),
+    ):  # fmt: skip
+        expected |= {f"{enum}.{name}": code for code, name in enumerate(names)}
+        expected[f"{enum}.count"] = len(names)
+    expected["Rule.count"] = len(rules.RULES)
+    for name, place in (
+        ("x", grids.X), ("pred", grids.PRED), ("uncond", grids.UNCOND), ("history", grids.HISTORY),
+        ("noise", grids.NOISY),
+    ):  # fmt: skip
+        expected[f"Term.{name}"] = place
+    assert (grids.NOISE, grids.CONVERT, grids.RESIDUAL) == tuple(range(len(grids.METHODS), len(methods)))
+    assert importlib.import_module("pydiffuse._C").constants == expected
+
+
 def test_kernels_import_the_core_alone():
     """They are linked into the package, where import-linter does not look."""
     for path in sorted((ROOT / "kernels").glob("*.py")):

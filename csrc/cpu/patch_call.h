@@ -25,7 +25,6 @@ inline int64_t strip_elements(const Grid& g, int64_t columns) {
 
 template <class Parallel>
 void mix_patches(const MixPatchesCall& call, Parallel&& parallel) {
-  constexpr int64_t STREAM_BYTES = int64_t(4) << 20;  // gone from the caches before anyone reads it
   const Grid& g = call.grid;
   MixPatchesArgs a{call, PATCH_TILE, 0, 1, 0, false, true};
   if (g.patch[2] <= PATCH_TILE)
