@@ -330,7 +330,9 @@ def conv_row(device: str, seconds: float) -> Row:
 
     x, w, b = (t.double() for t in data[0])
     expected = eager((x, w, b))
-    ours = contender("ours", data, lambda a: pydiffuse.causal_conv1d(*a, layout="bld"), expected)
+    ours = contender(
+        "ours", data, lambda a: pydiffuse.causal_conv1d(*a, activation="silu", layout="bld"), expected
+    )
     rivals = [
         contender("eager", data, eager, expected),
         contender("torch.compile", data, torch.compile(eager, dynamic=False), expected),

@@ -260,7 +260,7 @@ def test_raw_ops_refuse_too():
 
 
 def test_a_backend_that_an_op_lacks(monkeypatch):
-    monkeypatch.setattr(dispatch, "_forced", "cuda")
+    monkeypatch.setattr(dispatch, "_default", "cuda")
     with pytest.raises(ValueError, match=r"modulate.*'cuda'.*triton"):
         pd.modulate(X, TABLE, ROWS)
 

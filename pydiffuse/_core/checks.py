@@ -125,12 +125,22 @@ def _overlap(a: Tensor, b: Tensor) -> bool:
     return a0 < b1 and b0 < a1 and a.numel() > 0 and b.numel() > 0 and a.device == b.device
 
 
-def check_no_grad(op: str, tensors: Sequence[Tensor]) -> None:
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        raise ValueError(
-            f"{op}: out= takes no part in autograd, and an input requires a gradient;"
-            " leave out= away, or call under torch.no_grad()"
-        )
+def check_no_grad(op: str, tensors: Sequence[Tensor], outs: Sequence[Tensor]) -> None:
+    """The last look before `outs` are written."""
+    if torch.is_grad_enabled():
+        for what, given in (("an input", tensors), ("out", outs)):
+            if any(t.requires_grad for t in given):
+                raise ValueError(
+                    f"{op}: out= takes no part in autograd, and {what} requires a gradient;"
+                    " leave out= away, or call under torch.no_grad()"
+                )
+    written(outs)
+
+
+def written(outs: Sequence[Tensor]) -> None:
+    """A backward that saved one of them will say so, as it does of any operation in place."""
+    if not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()):
+        torch.autograd.graph.increment_version([o for o in outs if not o.is_inference()])
 
 
 @contextmanager

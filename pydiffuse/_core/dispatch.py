@@ -13,10 +13,12 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from pydiffuse._core.schemas import DIRECT, SCHEMAS, STEMS
 from pydiffuse._core.table import BACKENDS, PUBLIC
@@ -103,7 +105,11 @@ def _interpreted() -> bool:
 
 
 built_cuda = _has_cuda_kernels()
-_forced: str | None = None
+_asked: ContextVar[str | None] = ContextVar("pydiffuse_backend", default=None)
+_default: str | None = None  # of the whole process
+_traced: str | None = (
+    None  # the backend asked for last: what Dynamo, which knows no ContextVar, guards on
+)
 
 
 @torch.compiler.assume_constant_result
@@ -125,15 +131,13 @@ def _missing(backend: str) -> str | None:
     return None
 
 
-def set_backend(backend: str | None) -> None:
-    global _forced
+def check_backend(backend: str | None) -> None:
     if backend is not None:
         if backend not in BACKENDS:
             raise ValueError(f"use_backend: unknown backend {backend!r}; accepted: {BACKENDS}")
         missing = _missing(backend)
         if missing:
             raise RuntimeError(f"use_backend: backend {backend!r} is not available: {missing}")
-    _forced = backend
 
 
 @contextmanager
@@ -142,14 +146,18 @@ def use_backend(backend: str | None) -> Iterator[None]:
 
     backend: "reference" (plain PyTorch), "cpu" (C++), "cuda" (CUDA C++) or "triton". A backend that
     is not available raises here; one that cannot serve a tensor's device raises at the call. The
-    environment variable PYDIFFUSE_BACKEND sets the same for a whole process.
+    environment variable PYDIFFUSE_BACKEND sets the same for a whole process. Threads and tasks have each
+    their own; a thread begins with the process's.
     """
-    before = _forced
-    set_backend(backend)
+    global _traced
+    check_backend(backend)
+    before, token = _traced, _asked.set(backend or "")
+    _traced = backend
     try:
         yield
     finally:
-        set_backend(before)
+        _asked.reset(token)
+        _traced = before
 
 
 def backends() -> dict[str, dict[str, str]]:
@@ -159,11 +167,14 @@ def backends() -> dict[str, dict[str, str]]:
 
 
 def forced() -> str | None:
-    return _forced
+    if torch.compiler.is_dynamo_compiling():
+        return _traced
+    asked = _asked.get()
+    return _default if asked is None else asked or None  # "": the choice by device
 
 
 def forced_reference() -> bool:
-    return _forced == "reference"
+    return forced() == "reference"
 
 
 _SERVES = {"cpu": ("cpu",), "cuda": ("cuda",), "triton": ("cuda", "cpu")}
@@ -183,7 +194,7 @@ def _gpu_backend(op: str, tensor: Tensor) -> str:
 def scan_backward_ops(op: str, tensor: Tensor, states: int) -> Any:
     """`ops_for` of the scan's backward. What a forward saves serves the backward of any backend."""
     ops = ops_for(op, tensor)
-    on_cuda = _forced is None and tensor.device.type == "cuda" and ops is torch.ops.pydiffuse
+    on_cuda = forced() is None and tensor.device.type == "cuda" and ops is torch.ops.pydiffuse
     if on_cuda and not scan_backward_fits(tensor.device.index or 0, states):
         return torch.ops.pydiffuse_triton
     return ops
@@ -192,9 +203,11 @@ def scan_backward_ops(op: str, tensor: Tensor, states: int) -> Any:
 def ops_for(op: str, tensor: Tensor) -> Any:
     """The namespace that serves `tensor`: torch.ops.pydiffuse or torch.ops.pydiffuse_triton."""
     device = tensor.device.type
-    backend = _forced
+    backend = forced()
     if backend is None:
         if device == "cpu" and built:
+            return torch.ops.pydiffuse
+        if device == "meta":  # shapes alone
             return torch.ops.pydiffuse
         backend = "cpu" if device == "cpu" else _gpu_backend(op, tensor)
         if device not in ("cpu", "cuda"):
@@ -222,15 +235,20 @@ def direct(op: str, *tensors: Any) -> Any:
     due, nothing traces or transforms, no mode or subclass looks on. Else None: the general way."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return None
-    if torch._C._len_torch_dispatch_stack() or torch._C._is_torch_function_mode_enabled():
+    if (
+        forward_ad._current_level >= 0
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._is_torch_function_mode_enabled()
+    ):
         return None
     first = tensors[0]
     if first.__class__ not in _PLAIN:
         return None
+    asked = forced()
     if first.is_cpu:
-        serves = built and (_forced is None or _forced == "cpu")
+        serves = built and (asked is None or asked == "cpu")
     else:
-        serves = first.is_cuda and _forced in (None, "cuda") and _gpu_backend(op, first) == "cuda"
+        serves = first.is_cuda and asked in (None, "cuda") and _gpu_backend(op, first) == "cuda"
     if not serves:
         return None
     learns, here = torch.is_grad_enabled(), first.is_cpu
@@ -256,4 +274,5 @@ if _has_triton():  # the kernels' modules are imported at the first launch
 
 
 if os.environ.get("PYDIFFUSE_BACKEND"):
-    set_backend(os.environ["PYDIFFUSE_BACKEND"])
+    check_backend(os.environ["PYDIFFUSE_BACKEND"])
+    _default = _traced = os.environ["PYDIFFUSE_BACKEND"]

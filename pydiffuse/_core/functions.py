@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 
 
 def needs_function(*tensors: Tensor | None) -> bool:
@@ -15,7 +15,15 @@ def needs_function(*tensors: Tensor | None) -> bool:
         for t in tensors:
             if t is not None and t.requires_grad:
                 return True
-    return torch._C._are_functorch_transforms_active()
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def needed(ctx: Any) -> tuple[bool, ...]:
+    """`ctx.needs_input_grad`; all of them where Dynamo traces a transform of torch.func, of which it says
+    that none is (torch 2.13)."""
+    if torch.compiler.is_compiling() and not any(ctx.needs_input_grad):
+        return (True,) * len(ctx.needs_input_grad)
+    return ctx.needs_input_grad
 
 
 # vmap: one more batch dimension is more samples.
@@ -47,6 +55,19 @@ class Batched(Function):
     @classmethod
     def vmap(cls, info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
         return _unfold(info, cls.apply(*_fold(info, in_dims, args)))
+
+
+def differentiable(function: type[Function], *args: Any) -> Any:
+    """`function.apply`, as Dynamo (torch 2.11 to 2.13) can trace it: where nothing requires a gradient it would
+    lose an argument, so there the forward is the whole of it; within a transform of torch.func it knows of no
+    gradient of a tensor that it has seen before, so there each gets a new name."""
+    if not torch.compiler.is_compiling():
+        return function.apply(*args)
+    if torch._C._are_functorch_transforms_active():
+        return function.apply(*(t.view_as(t) if isinstance(t, Tensor) else t for t in args))
+    if not needs_function(*(t for t in args if isinstance(t, Tensor))):
+        return function.forward(*args)
+    return function.apply(*args)
 
 
 def derive(function: type[Function], *args: Any) -> Any:

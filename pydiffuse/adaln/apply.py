@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pydiffuse._core.checks import check_no_grad, check_outs
-from pydiffuse._core.functions import needs_function
+from pydiffuse._core.functions import differentiable, needs_function
 from pydiffuse.adaln.arguments import NORMS
 from pydiffuse.adaln.autograd import Call, Modulate, run_modulate
 
@@ -42,7 +42,7 @@ def call_modulate(
     likes = [x] * (1 if branch is None else 2)
     if out is not None:
         check_outs(op, out, likes, given)
-        check_no_grad(op, given)
+        check_no_grad(op, given, out)
     shape = x.shape
     wide = table.float()
     if affine:
@@ -52,7 +52,7 @@ def call_modulate(
     rows = rows.expand(shape[:-1]).reshape(-1).to(torch.int32)
     if out is None:
         if needs_function(x, branch, wide):
-            results = Modulate.apply(call, x, branch, wide, rows)
+            results = differentiable(Modulate, call, x, branch, wide, rows)
         else:
             results = Modulate.forward(call, x, branch, wide, rows)
         return tuple(t.view(shape) for t in results)

@@ -54,7 +54,7 @@ def _check_rows(op: str, rows: Tensor, x: Tensor, K: int) -> None:
     if not isinstance(rows, Tensor) or rows.dtype not in INTEGERS:
         raise TypeError(f"{op}: rows is {describe(rows)}; accepted: an int32 or int64 tensor")
     fits = rows.dim() <= len(tokens) and all(
-        have in (1, want) for have, want in zip(reversed(rows.shape), reversed(tokens))
+        have == 1 or have == want for have, want in zip(reversed(rows.shape), reversed(tokens))
     )
     if not fits:
         raise ValueError(

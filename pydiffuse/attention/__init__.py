@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pydiffuse._core import dispatch
 from pydiffuse._core.checks import check_flag
-from pydiffuse._core.functions import needs_function
+from pydiffuse._core.functions import differentiable, needs_function
 from pydiffuse.attention import reference
 from pydiffuse.attention.arguments import apart, autocast, check_attention, entropy_scale, fits, scale_of
 from pydiffuse.attention.autograd import TileAttention, run_attention
@@ -68,7 +68,7 @@ def tile_attention(
     given = apart(q, k, v)
     rest = (*scales, *plan.to(q.device).tensors)
     if needs_function(*given):
-        out, lse = TileAttention.apply(*given, *rest)
+        out, lse = differentiable(TileAttention, *given, *rest)
     else:
         out, lse = run_attention(*given, return_lse, *rest)
     return (out, lse) if return_lse else out

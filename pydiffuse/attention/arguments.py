@@ -47,7 +47,7 @@ def check_attention(op: str, q: Tensor, k: Tensor, v: Tensor, plan: TilePlan) ->
                 f"{op}: {name} has {t.shape[2]} tokens and {plan!r} is for {length}; accepted: a plan made"
                 " for this length"
             )
-    if plan.heads not in (1, H):
+    if plan.heads != 1 and plan.heads != H:
         raise ValueError(f"{op}: {plan!r} is for {plan.heads} heads and q has {H}; accepted: 1 or {H}")
 
 
@@ -80,7 +80,7 @@ def entropy_scale(head_dim: int, length: int, trained_length: int) -> float:
 def autocast(*tensors: Any) -> tuple[Any, ...]:
     """Under autocast, floating-point tensors in its dtype."""
     first = tensors[0]
-    if not isinstance(first, Tensor) or not torch.is_autocast_enabled(first.device.type):
+    if not isinstance(first, Tensor) or first.is_meta or not torch.is_autocast_enabled(first.device.type):
         return tensors
     dtype = torch.get_autocast_dtype(first.device.type)
     return tuple(t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t for t in tensors)
@@ -97,7 +97,11 @@ def scale_of(op: str, scale: Any, q: Tensor) -> Scale:
         return Scale(None, 1 / math.sqrt(q.shape[-1]))
     if isinstance(scale, Tensor):
         H = q.shape[1]
-        if scale.shape not in ((), (H,)) or not scale.is_floating_point() or scale.device != q.device:
+        if (
+            (scale.shape != () and scale.shape != (H,))
+            or not scale.is_floating_point()
+            or scale.device != q.device
+        ):
             raise ValueError(
                 f"{op}: scale is {describe(scale)}; accepted: a number, or a float tensor ({H},), one for"
                 f" each head, on {q.device}"

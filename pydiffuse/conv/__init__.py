@@ -6,7 +6,7 @@ from torch import Tensor
 
 from pydiffuse._core import dispatch
 from pydiffuse._core.checks import check_shape
-from pydiffuse._core.functions import needs_function
+from pydiffuse._core.functions import differentiable, needs_function
 from pydiffuse._core.layouts import dense, new_tokens
 from pydiffuse._core.structs import MAX_WIDTH
 from pydiffuse.conv import reference
@@ -20,7 +20,7 @@ def causal_conv1d(
     weight: Tensor,
     bias: Tensor | None = None,
     *,
-    activation: str | None = "silu",
+    activation: str | None = None,
     path: PathLike = None,
     reverse: bool = False,
     cu_seqlens: Tensor | list[int] | tuple[int, ...] | None = None,
@@ -74,7 +74,7 @@ def causal_conv1d(
         activation is not None,
     )
     if needs_function(x, weight, bias):
-        y = CausalConv1d.apply(op, *args)
+        y = differentiable(CausalConv1d, op, *args)
     else:
         y = new_tokens(args[0], args[0].shape)
         dispatch.ops_for(op, x).causal_conv1d.default(y, *args)

@@ -17,7 +17,7 @@ def causal_conv1d(
     weight: Tensor,
     bias: Tensor | None = None,
     *,
-    activation: str | None = "silu",
+    activation: str | None = None,
     path: ScanPath | Tensor | Sequence[int] | None = None,
     reverse: bool = False,
     cu_seqlens: Tensor | Sequence[int] | None = None,

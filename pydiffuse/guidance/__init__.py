@@ -27,6 +27,7 @@ from pydiffuse._core.checks import (
     describe,
     writable,
 )
+from pydiffuse._core.functions import differentiable
 from pydiffuse._core.rules import EMIT_PREDICT, EMIT_STATE, EMIT_UPDATE, RULES, own_values
 from pydiffuse.guidance import reference
 from pydiffuse.guidance.apply import Update, call_in_two, call_rule, directly, value_of
@@ -211,7 +212,7 @@ def gram(preds: Sequence[Tensor], *, sums: bool = False) -> Any:
     check_tensors("gram", "preds", preds)
     if dispatch.forced_reference():
         return reference.gram(preds, sums=sums)
-    G, totals = Gram.apply("gram", *preds)
+    G, totals = differentiable(Gram, "gram", *preds)
     return (G, totals) if sums else G
 
 
@@ -227,7 +228,9 @@ def combine(preds: Sequence[Tensor], coefficients: Tensor, *, out: Tensor | None
         raise TypeError(
             f"combine: coefficients is {describe(coefficients)}; accepted: a float tensor (B, k) or (k,)"
         )
-    if coefficients.shape not in ((B, k), (k,)) or coefficients.device != preds[0].device:
+    if (coefficients.shape != (B, k) and coefficients.shape != (k,)) or coefficients.device != preds[
+        0
+    ].device:
         raise ValueError(
             f"combine: coefficients has shape {tuple(coefficients.shape)} on {coefficients.device};"
             f" accepted: ({B}, {k}) or ({k},) on {preds[0].device}"
@@ -237,11 +240,11 @@ def combine(preds: Sequence[Tensor], coefficients: Tensor, *, out: Tensor | None
     matrix = coefficients.double().expand(B, k)[:, None].contiguous()
     if out is not None:
         check_outs("combine", [out], [preds[0]], preds)
-        check_no_grad("combine", (*preds, coefficients))
+        check_no_grad("combine", (*preds, coefficients), [out])
         with writable([out]) as targets:
             run_mix("combine", targets, preds, matrix, None)
         return out
-    return Mix.apply("combine", 1, matrix, None, *preds)[0]
+    return differentiable(Mix, "combine", 1, matrix, None, *preds)[0]
 
 
 def superpose(
@@ -273,7 +276,7 @@ def superpose(
     B, k = len(preds[0]), len(preds)
     if kind not in ("or", "and"):
         raise ValueError(f"superpose: unknown kind {kind!r}; accepted: 'or', 'and'")
-    if not isinstance(log_density, Tensor) or log_density.shape not in ((B, k), (k,)):
+    if not isinstance(log_density, Tensor) or (log_density.shape != (B, k) and log_density.shape != (k,)):
         raise ValueError(
             f"superpose: log_density is {describe(log_density)}; accepted: ({B}, {k}) or ({k},)"
         )

@@ -8,8 +8,15 @@ import torch
 from torch import Tensor
 
 from pydiffuse._core import dispatch
-from pydiffuse._core.checks import check_no_grad, check_outs, check_scalar, check_tensors, writable
-from pydiffuse._core.functions import needs_function
+from pydiffuse._core.checks import (
+    check_no_grad,
+    check_outs,
+    check_scalar,
+    check_tensors,
+    writable,
+    written,
+)
+from pydiffuse._core.functions import differentiable, needs_function
 from pydiffuse._core.rules import EMIT_PREDICT, EMIT_STATE, EMIT_UPDATE, RULES, Rule
 from pydiffuse._core.structs import numbers
 from pydiffuse.guidance import reference
@@ -114,7 +121,10 @@ def directly(
         return None
     arguments = (preds, x, history, noise, numbers(row.code, emit, *given))
     if out is not None:
-        return out if ops.guide.into(outs, *arguments) else None
+        if not ops.guide.into(outs, *arguments):
+            return None
+        written(outs)
+        return out
     results = ops.guide.new(*arguments)
     return results[0] if emit == EMIT_UPDATE else tuple(r for r in results if r is not None) or None
 
@@ -148,7 +158,7 @@ def call_rule(
     call = Call(op, row.code, params, params[7] != 0.0 or 7 in columns, columns, emit)
     if out is None:
         if needs_function(varied, x, history, noise, *preds):
-            results = Guide.apply(call, varied, x, history, noise, *preds)
+            results = differentiable(Guide, call, varied, x, history, noise, *preds)
             return results[0] if len(results) == 1 else results
         results = outputs(call, preds, x)
         run_guide(call, results, preds, x, history, noise, varied)
@@ -159,7 +169,7 @@ def call_rule(
     if emit & EMIT_STATE:
         likes[-1] = preds[0]
     check_outs(op, outs, likes, everything)
-    check_no_grad(op, (*everything, *tensors))
+    check_no_grad(op, (*everything, *tensors), outs)
     with writable(outs) as targets:
         run_guide(call, targets, preds, x, history, noise, varied)
     return out
@@ -187,7 +197,7 @@ def call_in_two(
         return torch.stack([c.double() for c in cs], 1)
 
     matrix = torch.stack([coefficients(1), coefficients(2)][: 2 if emit & EMIT_PREDICT else 1], 1)
-    results = list(Mix.apply("guide", matrix.shape[1], matrix, None, *[t[0] for t in there]))
+    results = list(differentiable(Mix, "guide", matrix.shape[1], matrix, None, *[t[0] for t in there]))
     if state is not None:
         results.append(state)
     return results[0] if len(results) == 1 else tuple(results)

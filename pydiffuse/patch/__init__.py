@@ -23,6 +23,7 @@ from torch import Tensor
 
 from pydiffuse._core import dispatch
 from pydiffuse._core.checks import check_flag, check_no_grad, check_outs, describe
+from pydiffuse._core.functions import differentiable
 from pydiffuse._core.grids import (
     CONVERT,
     HISTORY,
@@ -133,7 +134,7 @@ def noise_patches(
     if dispatch.forced_reference():
         if out is not None:
             check_outs(op, out, (x1, x1), given)
-            check_no_grad(op, given)
+            check_no_grad(op, given, out)
         return reference.noise_patches(x1, t, patch_size, path, noise, generator, target=target, out=out)
     if noise is None:
         noise = reference.draw_like(x1, generator)
@@ -250,7 +251,7 @@ def patch_step(
     if dispatch.forced_reference():
         if out is not None:
             check_outs(op, [out], [x], tuple(terms.values()))
-            check_no_grad(op, tuple(terms.values()))
+            check_no_grad(op, tuple(terms.values()), [out])
         return reference.patch_step(
             x, pred, t, t_next, patch_size, uncond=uncond, scale=scale, mask=mask, method=method,
             path=path, predicts=predicts, eta=eta, noise=noise, generator=generator, history=history,
@@ -313,7 +314,7 @@ def patch_loss(
         return reference.patch_loss(pred, target, logvar, weight, patch_size, nll=nll)
     elements = pred[0].numel() // patches.total if patches.batch and patches.total else 0
     call = LossCall(patches.grid, elements, float(nll))
-    sums, _ = PatchLoss.apply(call, logvar, weight, pred, target)
+    sums, _ = differentiable(PatchLoss, call, logvar, weight, pred, target)
     return (sums.sum() / pred.numel()).float() if pred.numel() else (sums.sum() * float("nan")).float()
 
 

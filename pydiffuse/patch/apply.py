@@ -11,7 +11,7 @@ from torch import Tensor
 from pydiffuse._core import dispatch
 from pydiffuse._core.checks import check_no_grad, check_outs
 from pydiffuse._core.dispatch import ops_for
-from pydiffuse._core.functions import needs_function
+from pydiffuse._core.functions import differentiable, needs_function
 from pydiffuse._core.grids import METHODS, PatchSize
 from pydiffuse._core.structs import numbers
 from pydiffuse.patch.arguments import Scalar, remembered
@@ -67,10 +67,10 @@ def mixed(
     the patches are: through autograd if a gradient is due, straight to the op if not."""
     first, steps = terms[0], tables.t_next is not None
     if not given and needs_function(*terms):
-        return MixPatches.apply(call, *tables, *terms), arrived_at(tables) if steps else None
+        return differentiable(MixPatches, call, *tables, *terms), arrived_at(tables) if steps else None
     if given:
         check_outs(call.op, given, (first,) * len(given), terms)
-        check_no_grad(call.op, terms)
+        check_no_grad(call.op, terms, given)
     outs = [o if o.is_contiguous() else fresh(o, o.dtype) for o in given]
     outs += [fresh(first, dtype) for dtype in call.dtypes[len(given) :]]
     arrived = None

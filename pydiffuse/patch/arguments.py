@@ -122,7 +122,7 @@ def check_dt(op: str, dt: Scalar | None, patches: Patches) -> Scalar:
     """A number >= 0, (B,) or (B, N)."""
     B, N = patches.batch, patches.total
     if isinstance(dt, Tensor):
-        if dt.shape in ((), (B,), (B, N)):
+        if dt.shape == () or dt.shape == (B,) or dt.shape == (B, N):
             return dt
     elif isinstance(dt, int | float) and not isinstance(dt, bool) and dt >= 0:
         return dt

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pydiffuse._core.dispatch import ops_for
-from pydiffuse._core.functions import Batched, derive, second_derivative
+from pydiffuse._core.functions import Batched, derive, needed, second_derivative
 from pydiffuse._core.grids import NOISY, RESIDUAL, X
 
 
@@ -103,7 +103,7 @@ class MixPatches(Batched):
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         call: Call = ctx.call
         there = [g for g in grads if g is not None]
-        needs = ctx.needs_input_grad[6:]
+        needs = needed(ctx)[6:]
         dterms: list[Tensor | None] = [None] * len(needs)
         if there and any(needs):
             flipped = call._replace(
@@ -113,7 +113,7 @@ class MixPatches(Batched):
                 transposed=not call.transposed,
             )
             found = iter(derive(MixPatches, flipped, *ctx.saved_tensors, *there))
-            dterms = [next(found) if needed else None for needed in needs]
+            dterms = [next(found) if wanted else None for wanted in needs]
         return *(None,) * 6, *dterms
 
 
@@ -169,7 +169,7 @@ class PatchLoss(Batched):
         if dloss is None:
             return (None,) * 5
         return None, *derive(
-            PatchLossBackward, ctx.call, tuple(ctx.needs_input_grad[1:]), dloss, *ctx.saved_tensors
+            PatchLossBackward, ctx.call, tuple(needed(ctx)[1:]), dloss, *ctx.saved_tensors
         )
 
 
@@ -204,7 +204,7 @@ class PatchLossBackward(Batched):
             tables = Tables((2 * gw).float(), (2 * gw * (1 + each)).float())
             run_mix_patches(mix, out, None, tables, (pred, target))
         found = iter(out)
-        images = (next(found) if needed else None for needed in needs[2:])
+        images = (next(found) if wanted else None for wanted in needs[2:])
         return dlogvar, dweight, *images
 
     @staticmethod

@@ -16,6 +16,7 @@ pulled to the ends. The formulas stand in pydiffuse.reference.routing.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from torch.nn.functional import linear
 
 from pydiffuse._core import dispatch
 from pydiffuse._core.checks import check_no_grad, check_outs, describe
-from pydiffuse._core.functions import needs_function
+from pydiffuse._core.functions import differentiable, needs_function
 from pydiffuse.routing import reference
 from pydiffuse.routing.arguments import (
     check_apart,
@@ -79,7 +80,7 @@ def gather_tokens(x: Tensor, ids: Tensor) -> Tensor:
     if dispatch.forced_reference():
         return reference.gather_tokens(x, ids)
     flat = x.reshape(*x.shape[:2], x.shape[2:].numel())
-    out = (Gather.apply if needs_function(flat) else Gather.forward)(
+    out = (partial(differentiable, Gather) if needs_function(flat) else Gather.forward)(
         "gather_tokens", flat, ids.to(torch.int32), None
     )
     return out.view(*ids.shape, *x.shape[2:])
@@ -115,13 +116,13 @@ def scatter_tokens(
     if out is not None:
         check_outs(op, [out], [base], [base])
         check_apart(op, out, y)
-        check_no_grad(op, [t for t in (base, y, g) if t is not None])
+        check_no_grad(op, [t for t in (base, y, g) if t is not None], [out])
     if dispatch.forced_reference():
         return reference.scatter_tokens(base, y, ids, gate, out=out)
     shape, ids = base.shape, ids.to(torch.int32)
     base, y = (t.reshape(*t.shape[:2], shape[2:].numel()) for t in (base, y))
     if out is None:
-        apply = Scatter.apply if needs_function(base, y, g) else Scatter.forward
+        apply = partial(differentiable, Scatter) if needs_function(base, y, g) else Scatter.forward
         return apply(op, shape[1], base, y, ids, g).view(shape)
     target = out.view(base.shape) if out.is_contiguous() else torch.empty_like(base.contiguous())
     run_scatter(op, target, base, y, ids, g)
@@ -186,7 +187,11 @@ def routed_linear(
     order = modality.flatten().sort(stable=True).indices.to(torch.int32)[None]
     groups = group_sizes(modality, M, sizes)
     op, learns = "routed_linear", needs_function(x, weights, bias)
-    gather, scatter = (Gather.apply, Scatter.apply) if learns else (Gather.forward, Scatter.forward)
+    gather, scatter = (
+        (partial(differentiable, Gather), partial(differentiable, Scatter))
+        if learns
+        else (Gather.forward, Scatter.forward)
+    )
     grouped = gather(op, x.reshape(1, B * N, x.shape[2]), order, None)[0]
     if learns or torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
         parts = [

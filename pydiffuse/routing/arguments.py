@@ -75,7 +75,7 @@ def gate_of(op: str, gate: Any, ids: Tensor) -> Tensor | None:
             raise TypeError(f"{op}: gate is {describe(gate)}; accepted: a number or a float tensor")
         return torch.full(ids.shape, float(gate), dtype=torch.float32, device=ids.device)
     fits = gate.dim() <= 2 and all(
-        have in (1, want) for have, want in zip(reversed(gate.shape), reversed(ids.shape))
+        have == 1 or have == want for have, want in zip(reversed(gate.shape), reversed(ids.shape))
     )
     if not gate.is_floating_point() or not fits or gate.device != ids.device:
         raise ValueError(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pydiffuse._core.dispatch import ops_for
-from pydiffuse._core.functions import Batched, derive
+from pydiffuse._core.functions import Batched, derive, needed
 from pydiffuse._core.layouts import features_contiguous
 
 
@@ -51,9 +51,9 @@ class Gather(Batched):
     def backward(ctx: Any, dout: Tensor) -> Any:  # type: ignore[override]
         x, ids, gate = ctx.saved_tensors
         dx = dgate = None
-        if ctx.needs_input_grad[1]:
+        if needed(ctx)[1]:
             dx = derive(Scatter, ctx.op, ctx.N, None, dout, ids, gate)
-        if gate is not None and ctx.needs_input_grad[3]:
+        if gate is not None and needed(ctx)[3]:
             dgate = (dout.float() * derive(Gather, ctx.op, x, ids, None).float()).sum(-1)
         return None, dx, None, dgate
 
@@ -84,11 +84,11 @@ class Scatter(Batched):
     def backward(ctx: Any, dout: Tensor) -> Any:  # type: ignore[override]
         base, y, ids, gate = ctx.saved_tensors
         dbase = dy = dgate = None
-        if ctx.needs_input_grad[2]:
+        if needed(ctx)[2]:
             dbase = derive(Scatter, ctx.op, ctx.N, dout, None, ids, gate)
-        if ctx.needs_input_grad[3]:
+        if needed(ctx)[3]:
             dy = derive(Gather, ctx.op, dout, ids, gate)
-        if gate is not None and ctx.needs_input_grad[5]:
+        if gate is not None and needed(ctx)[5]:
             there = derive(Gather, ctx.op, dout, ids, None).float()
             dgate = torch.zeros_like(gate)
             if y is not None:

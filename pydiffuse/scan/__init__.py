@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from pydiffuse._core import dispatch
-from pydiffuse._core.checks import check_shape
-from pydiffuse._core.functions import needs_function
+from pydiffuse._core.checks import check_shape, written
+from pydiffuse._core.functions import differentiable, needs_function
 from pydiffuse._core.structs import MAX_STATES
 from pydiffuse.conv import causal_conv1d
 from pydiffuse.paths import ScanPath
@@ -94,7 +94,7 @@ def selective_scan(
     if dispatch.forced_reference():
         return reference.selective_scan(*given, return_last_state, **where, layout=layout)
     if needs_function(u, delta, A, B, C, D, z, delta_bias, initial_state):
-        y, _, *states = SelectiveScan.apply("selective_scan", return_last_state, *args)
+        y, _, *states = differentiable(SelectiveScan, "selective_scan", return_last_state, *args)
         last = states[0] if states else None
     else:
         y, last, _ = run_scan("selective_scan", args, with_last=return_last_state, with_chunks=False)
@@ -158,6 +158,7 @@ def selective_state_update(
             f"{op}: state is not contiguous; it is written in place: state.contiguous() first"
         )
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    written([state])
     groups = [t if t.dim() == 3 else t[:, None] for t in (B, C)]
     rows = [None if t is None else t.contiguous() for t in (A, *groups, D, z, dt_bias)]
     dispatch.ops_for(op, x).selective_state_update.default(

@@ -249,7 +249,7 @@ def inner_block(
     x, z = xz.chunk(2, -1)
     weight = conv1d_weight.flatten(1)
     where: dict[str, Any] = {"path": path, "reverse": reverse, "cu_seqlens": cu_seqlens, "layout": "bld"}
-    x = conv(x, weight, conv1d_bias, **where)
+    x = conv(x, weight, conv1d_bias, activation="silu", **where)
     rank, N = delta_proj_weight.shape[1], A.shape[-1]
     projected = F.linear(x, x_proj_weight)
     delta = F.linear(projected[..., :rank], delta_proj_weight)

@@ -12,7 +12,7 @@ def conv(
     t: ScanMaker, width: int, bias: bool = True, **options: Any
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     args = (t.tokens(), t.matrix(t.size.D, width), *([t.matrix(t.size.D)] if bias else []))
-    return args, {"layout": t.layout, **options}
+    return args, {"layout": t.layout, "activation": "silu", **options}
 
 
 OP = "causal_conv1d"
