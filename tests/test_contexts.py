@@ -123,7 +123,7 @@ def test_func_grad_under_compile(op):
 def test_compiles_when_nothing_requires_a_gradient(op, dynamic):
     if op == "selective_state_update":
         pytest.skip("writes its state")
-    case, given = FIRST[op]
+    _, given = FIRST[op]
     kinds = {k: v for k, v in given[1].items() if not leaves(v)}
 
     def run(args, kwargs):
