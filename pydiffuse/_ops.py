@@ -163,6 +163,8 @@ def _interpreted() -> bool:
 
 
 built_cuda = _has_cuda_kernels()
+cuda_host: Any = None
+"""The CUDA kernels compiled for the host, for CPU tensors, where the tests run them (tests/cuda_host)."""
 _forced: str | None = None
 
 
@@ -171,6 +173,8 @@ def _missing(backend: str) -> str | None:
     """What stands in the way of a backend on this machine, with the remedy; None if nothing."""
     if backend == "cpu" and not built:
         return f"the compiled extension is missing ({_why_missing}): `pip install -e .` builds it"
+    if backend == "cuda" and cuda_host:
+        return None
     if backend == "cuda" and not built_cuda:
         return "it was built without CUDA: install nvcc and rebuild with PYDIFFUSE_CUDA=1"
     if backend == "triton" and not _has_triton():
@@ -266,6 +270,8 @@ def ops_for(op: str, tensor: Tensor) -> Any:
             raise RuntimeError(f"{op}: backend {backend!r} is not available: {missing}")
     elif backend not in _declared(op):
         raise ValueError(f"{op}: backend {backend!r} was asked for; it has {', '.join(_declared(op))}")
+    elif backend == "cuda" and device == "cpu" and cuda_host:
+        return cuda_host
     elif device not in _SERVES[backend]:
         raise ValueError(
             f"{op}: backend {backend!r} was asked for, but the tensors are on {device!r};"

@@ -1,0 +1,116 @@
+"""Compiles csrc/cuda for the host.
+
+    python -m tests.cuda_host.build [--sanitize]
+
+Two things that CUDA C++ alone has are rewritten on the way, everything else is left to include/: a variable
+in shared memory becomes a reference to a block's own, and dynamic shared memory a pointer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import ninja
+from torch.utils.cpp_extension import library_paths
+
+import setup as build
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+CUDA = ROOT / "csrc/cuda"
+FLAGS = "-std=c++20 -fPIC -fvisibility=hidden -ffp-contract=fast -fno-math-errno -w"
+PLAIN = "-O1 -g0"
+SANITIZED = (
+    "-O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined"
+    " -ftrivial-auto-var-init=pattern"
+)
+
+
+def rewritten(text: str, name: str) -> str:
+    """CUDA C++ as the host compiler takes it; lines stay where they are."""
+
+    def dynamic(match: re.Match[str]) -> str:
+        kind, variable = match.groups()
+        return f"{kind}* const {variable} = static_cast<{kind}*>(::cuda_host::dynamic_shared());"
+
+    def static(match: re.Match[str]) -> str:
+        kind, declarators = match.groups()
+        made = []
+        for declarator in re.split(r",\s*", declarators):
+            variable = re.match(r"\w+", declarator)[0]
+            struct = f"Shared_{variable}"
+            made.append(f"struct {struct} {{ {kind} {declarator}; }};")
+            made.append(f"auto& {variable} = ::cuda_host::shared<{struct}>().{variable};")
+        return " ".join(made) + "\n" * match[0].count("\n")
+
+    text = re.sub(r"\bextern __shared__ (\w+) (\w+)\[\];", dynamic, text)
+    text = re.sub(r"\b__shared__ (\w+(?:<[^;]*?>)?)\s+(\w[^;]*);", static, text)
+    assert "__shared__" not in text, f"{name}: a declaration of shared memory in a form not known here"
+    return f'#line 1 "{name}"\n{text}'
+
+
+def translate(sources: list[Path], folder: Path) -> list[Path]:
+    """The CUDA sources, rewritten, in a folder; files are touched only where they change."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for source in sources:
+        target = folder / source.name
+        text = rewritten(source.read_text(), str(source.relative_to(ROOT)))
+        if not target.exists() or target.read_text() != text:
+            target.write_text(text)
+        written.append(target)
+    return written
+
+
+def library(sanitize: bool = False) -> Path:
+    """Builds what changed, and gives the shared library."""
+    folder = ROOT / "build" / ("cuda-host-sanitized" if sanitize else "cuda-host")
+    shared = [p for p in CUDA.iterdir() if p.suffix in (".cu", ".cuh", ".h") and p.name != "ptx.cuh"]
+    translated = translate(sorted([*shared, HERE / "planted.cu"]), folder / "cuda")
+    cxx = os.environ.get("CXX", "g++")
+    native = "-march=native" if build.X86 else ""
+    includes = f"-I{HERE}/include -I{CUDA} {calculator()} {build.TORCH}"
+    lines = [
+        "rule cxx\n command = $cxx $flags -x c++ -MMD -MF $out.d -c $in -o $out\n depfile = $out.d\n deps = gcc",
+        "rule link\n command = $cxx -shared $flags $in -o $out $libs",
+        f"cxx = {cxx}",
+        f"libs = -L{' -L'.join(library_paths())} -ltorch_cpu -ldl -lpthread",
+        f"flags = {FLAGS} {SANITIZED if sanitize else PLAIN} {native} {includes}",
+    ]
+    objects = []
+    for source in [*(t for t in translated if t.suffix == ".cu"), *sorted(HERE.glob("*.cpp"))]:
+        objects.append(folder / f"{source.name}.o")
+        lines.append(f"build {objects[-1]}: cxx {source}")
+    target = folder / "libcuda_host.so"
+    lines.append(f"build {target}: link {' '.join(map(str, objects))}")
+    (folder / "build.ninja").write_text("\n".join(lines) + "\n")
+    jobs = ["-j", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []
+    command = [Path(ninja.BIN_DIR) / "ninja", "-C", folder, "--quiet", *jobs]
+    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
+    if done.returncode:
+        raise RuntimeError(f"CUDA for the host does not compile:\n{done.stdout[-6000:]}{done.stderr[-2000:]}")
+    return target
+
+
+def calculator() -> str:
+    """Where NVIDIA's occupancy calculator is: Triton brings it."""
+    import triton
+
+    folder = Path(triton.__file__).parent / "backends/nvidia/include"
+    return f"-idirafter {folder}" if (folder / "cuda_occupancy.h").exists() else ""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.cuda_host.build", description=__doc__)
+    parser.add_argument("--sanitize", action="store_true", help="with AddressSanitizer and UBSan")
+    print(library(parser.parse_args().sanitize))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
