@@ -9,6 +9,7 @@ in shared memory becomes a reference to a block's own, and dynamic shared memory
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import re
 import subprocess
@@ -23,7 +24,9 @@ import setup as build
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 CUDA = ROOT / "csrc/cuda"
-FLAGS = "-std=c++20 -fPIC -fvisibility=hidden -ffp-contract=fast -fno-math-errno -w"
+BUILD = ROOT / "build/cuda-host"
+PLANTED = {"planted_kernel", "occupying_kernel"}
+FLAGS = "-std=c++20 -fvisibility=hidden -ffp-contract=fast -fno-math-errno -w"
 PLAIN = "-O1 -g0"
 SANITIZED = (
     "-O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined"
@@ -67,26 +70,17 @@ def translate(sources: list[Path], folder: Path) -> list[Path]:
     return written
 
 
-def library(sanitize: bool = False) -> Path:
-    """Builds what changed, and gives the shared library."""
-    folder = ROOT / "build" / ("cuda-host-sanitized" if sanitize else "cuda-host")
-    shared = [p for p in CUDA.iterdir() if p.suffix in (".cu", ".cuh", ".h") and p.name != "ptx.cuh"]
-    translated = translate(sorted([*shared, HERE / "planted.cu"]), folder / "cuda")
-    cxx = os.environ.get("CXX", "g++")
-    native = "-march=native" if build.X86 else ""
-    includes = f"-I{HERE}/include -I{CUDA} {calculator()} {build.TORCH}"
+def compiled(folder: Path, sources: list[Path], target: Path, flags: str, libs: str) -> Path:
+    """Sources to a library or a program with ninja; what did not change is kept."""
     lines = [
         "rule cxx\n command = $cxx $flags -x c++ -MMD -MF $out.d -c $in -o $out\n depfile = $out.d\n deps = gcc",
-        "rule link\n command = $cxx -shared $flags $in -o $out $libs",
-        f"cxx = {cxx}",
-        f"libs = -L{' -L'.join(library_paths())} -ltorch_cpu -ldl -lpthread",
-        f"flags = {FLAGS} {SANITIZED if sanitize else PLAIN} {native} {includes}",
+        "rule link\n command = $cxx $flags $in -o $out $libs",
+        f"cxx = {os.environ.get('CXX', 'g++')}",
+        f"flags = {FLAGS} {'-march=native' if build.X86 else ''} -I{HERE}/include -I{CUDA} {calculator()} {flags}",
+        f"libs = {libs}",
     ]
-    objects = []
-    for source in [*(t for t in translated if t.suffix == ".cu"), *sorted(HERE.glob("*.cpp"))]:
-        objects.append(folder / f"{source.name}.o")
-        lines.append(f"build {objects[-1]}: cxx {source}")
-    target = folder / "libcuda_host.so"
+    objects = [folder / f"{source.name}.o" for source in sources]
+    lines += [f"build {o}: cxx {s}" for o, s in zip(objects, sources, strict=True)]
     lines.append(f"build {target}: link {' '.join(map(str, objects))}")
     (folder / "build.ninja").write_text("\n".join(lines) + "\n")
     jobs = ["-j", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []
@@ -97,12 +91,35 @@ def library(sanitize: bool = False) -> Path:
     return target
 
 
+RUNTIME = [HERE / "grid.cpp", HERE / "runtime.cpp"]
+
+
+def library(sanitize: bool = False) -> Path:
+    """The kernels and their doors, as a shared library."""
+    folder = BUILD / ("sanitized" if sanitize else "plain")
+    sources = [p for p in CUDA.iterdir() if p.suffix in (".cu", ".cuh", ".h") and p.name != "ptx.cuh"]
+    translated = translate(sorted([*sources, HERE / "planted.cu"]), folder / "cuda")
+    flags = f"{SANITIZED if sanitize else PLAIN} -fPIC {build.TORCH}"
+    libs = f"-shared -L{' -L'.join(library_paths())} -ltorch_cpu -ldl -lpthread"
+    units = [t for t in translated if t.suffix == ".cu"] + RUNTIME
+    return compiled(folder, units, folder / "libcuda_host.so", flags, libs)
+
+
+def planted() -> Path:
+    """planted.cu alone, as a program with the sanitizers: planted FAULT."""
+    folder = BUILD / "planted"
+    units = translate([HERE / "planted.cu"], folder / "cuda") + RUNTIME
+    return compiled(folder, units, folder / "planted", f"{SANITIZED} -DPLANTED_MAIN", "-lpthread")
+
+
 def calculator() -> str:
     """Where NVIDIA's occupancy calculator is: Triton brings it."""
-    import triton
-
-    folder = Path(triton.__file__).parent / "backends/nvidia/include"
-    return f"-idirafter {folder}" if (folder / "cuda_occupancy.h").exists() else ""
+    found = importlib.util.find_spec("triton")
+    for folder in found.submodule_search_locations if found else []:
+        include = Path(folder) / "backends/nvidia/include"
+        if (include / "cuda_occupancy.h").exists():
+            return f"-idirafter {include}"
+    return ""
 
 
 def main() -> int:

@@ -23,44 +23,15 @@ import torch
 from pydiffuse import _ops
 from pydiffuse._schemas import SCHEMAS
 from tests.cuda_host import build
+from tests.cuda_host.devices import DEVICES, RESOURCES, short
 
-RESOURCES = Path(__file__).parent / "resources.json"
 NAMESPACE = "pydiffuse_cuda_host"
 SANITIZED = os.environ.get("PYDIFFUSE_CUDA_SANITIZED") == "1"
-
-
-class Device(NamedTuple):
-    """CUDA C++ Programming Guide, compute capabilities; multiprocessors of one card."""
-
-    card: str
-    multiprocessors: int
-    threads: int
-    shared: int  # kilobytes of a multiprocessor
-    shared_of_block: int
-
-
-DEVICES = {
-    "80": Device("A100", 108, 2048, 164, 163),
-    "86": Device("RTX 3090", 82, 1536, 100, 99),
-    "89": Device("RTX 4090", 128, 1536, 100, 99),
-    "90a": Device("H100", 132, 2048, 228, 227),
-    "100": Device("B200", 148, 2048, 228, 227),
-    "120": Device("RTX 5090", 170, 1536, 100, 99),
-}
 
 
 class Kernel(NamedTuple):
     name: str
     address: int
-
-
-def short(name: str) -> str:
-    """A kernel's name as both compilers have it, without arguments and namespaces."""
-    name = re.sub(r"\(anonymous namespace\)::|_GLOBAL__N_\w+::|pydiffuse::", "", name)
-    name = re.sub(r"^void |^_INTERNAL_\w+::", "", name)
-    name = re.sub(r"\((?:int|bool|Pass)\)", "", name)
-    name = re.sub(r"(?<=[ <])(?:true|false)\b", lambda m: str(int(m[0] == "true")), name)
-    return name.split("(")[0].strip()
 
 
 class Emulator:

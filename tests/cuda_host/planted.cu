@@ -6,7 +6,7 @@
 namespace pydiffuse {
 namespace {
 
-enum Fault { NONE, NO_BARRIER, OUT_OF_BOUNDS, OUT_OF_SHARED, DIVERGENT, ENDED, ELSEWHERE, UNWRITTEN };
+enum Fault { NONE, NO_BARRIER, OUT_OF_BOUNDS, OUT_OF_SHARED, DIVERGENT, ENDED, ELSEWHERE, UNWRITTEN, MISALIGNED };
 
 struct PlantedArgs {
   int fault;
@@ -19,6 +19,7 @@ __global__ void __launch_bounds__(256) planted_kernel(const __grid_constant__ Pl
   extern __shared__ float4 block_memory[];
   const int i = threadIdx.x;
   turned[255 - i] = static_cast<float>(i);
+  if (a.fault == MISALIGNED) reinterpret_cast<float4&>(a.out[1]).x = 0.0f;
   if (a.fault == OUT_OF_SHARED) reinterpret_cast<float*>(block_memory)[64 + i] = 0.0f;
   if (a.fault == ENDED && i >= 224) return;
   if (a.fault == DIVERGENT ? i < 64 : a.fault != NO_BARRIER && a.fault != ELSEWHERE) __syncthreads();
@@ -69,3 +70,16 @@ EXPORT const char* planted_shared(int bytes, float* out) {
   void* argument[] = {const_cast<PlantedArgs*>(&args)};
   return cudaGetErrorString(cudaLaunchKernel(occupying_kernel, 1, 256, argument, bytes));
 }
+
+#ifdef PLANTED_MAIN
+extern "C" int cuda_host_add_device(int, int, int, int, int64_t, int64_t);
+
+int main(int, char** argv) {
+  cuda_host_add_device(9, 0, 132, 2048, 228 << 10, 227 << 10);
+  float* const out = new float[256];
+  const std::string told = planted_launch(std::stoi(argv[1]), out);
+  const bool right = told == "no error" && out[0] == 255.0f;
+  delete[] out;
+  return right ? 0 : 1;
+}
+#endif

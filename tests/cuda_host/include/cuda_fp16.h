@@ -24,7 +24,7 @@ inline uint16_t to_half(float f) {
   // In units of the last place of the result; subnormals have that of 2^-14.
   int exponent = 0;
   std::frexp(size, &exponent);  // size = m 2^exponent, 1/2 <= m < 1
-  exponent = exponent < -13 ? -13 : exponent;
+  if (size < 0x1p-14f) exponent = -13;
   const auto units = static_cast<uint32_t>(std::nearbyint(std::ldexp(size, 11 - exponent)));
   return static_cast<uint16_t>(sign | ((uint32_t(exponent + 13) << 10) + units));
 }
