@@ -141,10 +141,10 @@ ONE, TWO = {"guide_kernel"}, {"gram_kernel", "solve_kernel", "mix_kernel"}
     "arch, multiprocessors, dtype, n, kernels",
     [
         ("90a", 132, torch.float32, 1024, ONE),  # a block for each sample
-        ("90a", 132, torch.float32, 53248, ONE),  # cooperative, a chunk of 131 kB in a block
-        ("90a", 3, torch.float32, 53248, TWO),  # eight chunks: more than three blocks have room for
-        ("90a", 3, torch.bfloat16, 53248, ONE),  # chunks of half the size: three in a block
-        ("90a", 2, torch.bfloat16, 53248, TWO),
+        ("90a", 132, torch.float32, 53248, ONE),  # cooperative: 26 chunks of 33 kB, one in a block
+        ("90a", 3, torch.float32, 53248, TWO),  # nine in a block are too many
+        ("90a", 3, torch.bfloat16, 53248, ONE),  # chunks of half the size
+        ("90a", 1, torch.bfloat16, 53248, TWO),
         ("120", 8, torch.float32, 53248, TWO),
         ("120", 8, torch.bfloat16, 53248, ONE),
     ],

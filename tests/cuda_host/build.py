@@ -14,6 +14,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import ninja
@@ -57,13 +58,17 @@ def rewritten(text: str, name: str) -> str:
     return f'#line 1 "{name}"\n{text}'
 
 
-def translate(sources: list[Path], folder: Path) -> list[Path]:
-    """The CUDA sources, rewritten, in a folder; files are touched only where they change."""
+Edit = Callable[[Path, str], str]
+
+
+def translate(sources: list[Path], folder: Path, edit: Edit = lambda _, text: text) -> list[Path]:
+    """The CUDA sources, rewritten, in a folder; files are touched only where they change.
+    edit: what else becomes of a source's text."""
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for source in sources:
         target = folder / source.name
-        text = rewritten(source.read_text(), str(source.relative_to(ROOT)))
+        text = rewritten(edit(source, source.read_text()), str(source.relative_to(ROOT)))
         if not target.exists() or target.read_text() != text:
             target.write_text(text)
         written.append(target)
@@ -94,11 +99,11 @@ def compiled(folder: Path, sources: list[Path], target: Path, flags: str, libs: 
 RUNTIME = [HERE / "grid.cpp", HERE / "runtime.cpp"]
 
 
-def library(sanitize: bool = False) -> Path:
+def library(sanitize: bool = False, name: str = "plain", edit: Edit = lambda _, text: text) -> Path:
     """The kernels and their doors, as a shared library."""
-    folder = BUILD / ("sanitized" if sanitize else "plain")
+    folder = BUILD / ("sanitized" if sanitize else name)
     sources = [p for p in CUDA.iterdir() if p.suffix in (".cu", ".cuh", ".h") and p.name != "ptx.cuh"]
-    translated = translate(sorted([*sources, HERE / "planted.cu"]), folder / "cuda")
+    translated = translate(sorted([*sources, HERE / "planted.cu"]), folder / "cuda", edit)
     flags = f"{SANITIZED if sanitize else PLAIN} -fPIC {build.TORCH}"
     libs = f"-shared -L{' -L'.join(library_paths())} -ltorch_cpu -ldl -lpthread"
     units = [t for t in translated if t.suffix == ".cu"] + RUNTIME

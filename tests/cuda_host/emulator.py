@@ -26,6 +26,7 @@ from tests.cuda_host import build
 from tests.cuda_host.devices import DEVICES, RESOURCES, short
 
 NAMESPACE = "pydiffuse_cuda_host"
+LIBRARY = os.environ.get("PYDIFFUSE_CUDA_HOST_LIBRARY")  # one that was built otherwise
 SANITIZED = os.environ.get("PYDIFFUSE_CUDA_SANITIZED") == "1"
 
 
@@ -36,7 +37,7 @@ class Kernel(NamedTuple):
 
 class Emulator:
     def __init__(self) -> None:
-        path = build.library(SANITIZED)
+        path = Path(LIBRARY) if LIBRARY else build.library(SANITIZED)
         self._define()
         self._library = ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)
         for f in ("planted_launch", "planted_occupancy", "planted_shared"):
@@ -49,7 +50,8 @@ class Emulator:
     def _define(self) -> None:
         self._namespace = torch.library.Library(NAMESPACE, "DEF")
         for name, schema in SCHEMAS.items():
-            self._namespace.define(name + schema)
+            self._namespace.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+            torch.library.register_fake(f"{NAMESPACE}::{name}", lambda *_: None, lib=self._namespace)
 
     def _kernels(self, path: Path) -> list[Kernel]:
         base = ctypes.cast(self._library.cuda_host_has_calculator, ctypes.c_void_p).value

@@ -62,10 +62,12 @@ struct Copy {
 };
 
 struct Block;
+struct Warp;
 
 struct Thread {
   Context context;
   Block* block = nullptr;
+  Warp* warp = nullptr;
   uint3 index{};
   unsigned number = 0;  // in its block
   State state = State::running;
@@ -81,6 +83,8 @@ struct Thread {
 struct Warp {
   uint64_t words[LANES];
   unsigned lanes = 0, waiting = 0;  // that there are, that wait
+  std::vector<Thread*> ready;       // that may go on
+  size_t place = 0;                 // in `awake`, if there are any
 };
 
 struct Block {
@@ -105,8 +109,9 @@ struct Random {  // splitmix64
 
 const Launch* flight;
 std::vector<Block> blocks;
-std::vector<Thread*> ready;
+std::vector<Warp*> awake;  // with threads that may go on
 Thread* running;
+bool greedy;  // a warp goes on as long as it can
 size_t alive, in_grid_sync;
 Context host;
 Random random_;
@@ -140,19 +145,38 @@ void go(Context& from, Thread* next) {
   swap(from, next->context);
 }
 
+template <class T>
+T take(std::vector<T>& from, size_t i) {
+  const T taken = from[i];
+  from[i] = from.back();
+  from.pop_back();
+  return taken;
+}
+
+Thread* choose(Warp* last) {
+  Warp& warp = last && greedy && !last->ready.empty() ? *last : *awake[random_.below(awake.size())];
+  Thread* const chosen = take(warp.ready, random_.below(warp.ready.size()));
+  if (warp.ready.empty()) {
+    awake.back()->place = warp.place;
+    take(awake, warp.place);
+  }
+  return chosen;
+}
+
 void next_turn() {
   Thread* const self = running;
-  if (ready.empty() || !failure.empty()) return swap(self->context, host);
-  const size_t i = random_.below(ready.size());
-  Thread* const next = ready[i];
-  ready[i] = ready.back();
-  ready.pop_back();
+  if (awake.empty() || !failure.empty()) return swap(self->context, host);
+  Thread* const next = choose(self->warp);
   if (next != self) go(self->context, next);
 }
 
 void resume(Thread& t) {
   t.state = State::running;
-  ready.push_back(&t);
+  if (t.warp->ready.empty()) {
+    t.warp->place = awake.size();
+    awake.push_back(t.warp);
+  }
+  t.warp->ready.push_back(&t);
 }
 
 bool same(const Where& a, const Where& b) {
@@ -166,7 +190,7 @@ void wait(State state, const Where& where, unsigned mask) {
   self.where = where;
   self.mask = mask;
   if (state == State::warp) {
-    Warp& warp = block.warps[self.number / LANES];
+    Warp& warp = *self.warp;
     warp.waiting |= 1u << self.lane();
     const unsigned wanted = mask & warp.lanes;
     if (!(mask >> self.lane() & 1)) failure = "a lane is not in the mask that it gives";
@@ -221,6 +245,7 @@ void start(Block& block, uint3 index, Stack* stack) {
   for (unsigned i = 0; i < threads; ++i) {
     Thread& t = block.threads[i];
     t.block = &block;
+    t.warp = &block.warps[i / LANES];
     t.number = i;
     t.index = {i % size.x, i / size.x % size.y, i / size.x / size.y};
     t.batches.clear();
@@ -233,18 +258,15 @@ void start(Block& block, uint3 index, Stack* stack) {
 void finish(size_t threads) {  // of the blocks that were started
   alive = threads;
   in_grid_sync = 0;
-  const size_t i = random_.below(ready.size());
-  Thread* const first = ready[i];
-  ready[i] = ready.back();
-  ready.pop_back();
-  go(host, first);
+  greedy = random_.below(2);
+  go(host, choose(nullptr));
   if (failure.empty() && alive)
     for (const Block& b : blocks)
       if (failure.empty() && std::any_of(b.threads.begin(), b.threads.end(), [](const Thread& t) {
             return t.state != State::ended;
           }))
         failure = census(b);
-  ready.clear();
+  awake.clear();
 }
 
 }  // namespace
@@ -286,7 +308,7 @@ void sync_grid(const Where& where) {
 
 const uint64_t* exchange(unsigned mask, uint64_t word, const Where& where) {
   Thread& self = *running;
-  self.block->warps[self.number / LANES].words[self.lane()] = word;
+  self.warp->words[self.lane()] = word;
   wait(State::warp, where, mask);
   return self.words;
 }

@@ -20,8 +20,10 @@ struct Launch {
   uint64_t seed;  // of the order in which threads and blocks take their turns
 };
 
-// Runs it. Blocks come one after another, or, in a cooperative launch, are all there at once; each
-// time a thread waits, any of those that may go on is next. Empty, or what is wrong with the kernel.
+// Runs it. Blocks come one after another, or, in a cooperative launch, are all there at once. Each
+// time a thread waits, any of those that may go on is next; in every other block a warp keeps its
+// turn as long as it can, so that it runs far ahead of those it should wait for. Empty, or what is
+// wrong with the kernel.
 std::string run(const Launch& launch);
 
 }  // namespace cuda_host
