@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import re
 import subprocess
 
 import pytest
@@ -19,7 +19,9 @@ from tests.helpers import GPU, arguments, check, values_and_gradients
 
 pytestmark = pytest.mark.skipif(GPU, reason="this run is for a GPU")
 SCANS = [*scan.CASES, *conv.CASES]
-SIZED = [(case, size) for case in SCANS for size in scan.SIZES if (case.name, size) != ("paths", "hollow")]
+SIZED = [
+    (case, size) for case in SCANS for size in scan.SIZES if (case.name, size) != ("paths", "hollow")
+]
 LOW = [torch.bfloat16, torch.float16]
 by_arch = pytest.mark.parametrize("arch", DEVICES)
 
@@ -150,9 +152,7 @@ ONE, TWO = {"guide_kernel"}, {"gram_kernel", "solve_kernel", "mix_kernel"}
     ],
     ids=str,
 )
-def test_one_launch_where_the_card_holds_the_call(
-    on, host, arch, multiprocessors, dtype, n, kernels
-):
+def test_one_launch_where_the_card_holds_the_call(on, host, arch, multiprocessors, dtype, n, kernels):
     on(arch=arch, multiprocessors=multiprocessors)
     c, u = (torch.randn(2, n).to(dtype) for _ in range(2))
     with pydiffuse.use_backend("cuda"):
@@ -212,7 +212,6 @@ def test_a_kernel_without_a_fault(host, on, seed):
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_found(host, on, fault, seed):
     """Divergence is told; a missing barrier gives NaN, as unwritten shared memory does."""
-    import re
 
     on(seed)
     out = torch.full((256,), float("nan"))

@@ -117,9 +117,8 @@ class Launch {
   bool run_cooperative(void (*kernel)(Args), int64_t blocks, int threads, const Args& args,
                        int64_t shared) const {
     void* argument[] = {const_cast<Args*>(&args)};
-    const cudaError_t error =
-        cudaLaunchCooperativeKernel(kernel, dim3(static_cast<unsigned>(blocks)), dim3(threads),
-                                    argument, shared, stream_);
+    const cudaError_t error = cudaLaunchCooperativeKernel(
+        kernel, dim3(static_cast<unsigned>(blocks)), dim3(threads), argument, shared, stream_);
     if (error == cudaErrorCooperativeLaunchTooLarge) {
       cudaGetLastError();  // it is answered for here
       return false;

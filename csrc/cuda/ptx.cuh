@@ -1,5 +1,5 @@
-// Instructions that CUDA C++ has no name for. tests/cuda_host has its own file of this name, for the
-// kernels compiled for the host.
+// Instructions that CUDA C++ has no name for. tests/cuda_host has its own file of this name, for
+// the kernels compiled for the host.
 #pragma once
 
 namespace pydiffuse {

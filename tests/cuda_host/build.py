@@ -92,11 +92,13 @@ def compiled(folder: Path, sources: list[Path], target: Path, flags: str, libs: 
     command = [Path(ninja.BIN_DIR) / "ninja", "-C", folder, "--quiet", *jobs]
     done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
     if done.returncode:
-        raise RuntimeError(f"CUDA for the host does not compile:\n{done.stdout[-6000:]}{done.stderr[-2000:]}")
+        raise RuntimeError(
+            f"CUDA for the host does not compile:\n{done.stdout[-6000:]}{done.stderr[-2000:]}"
+        )
     return target
 
 
-RUNTIME = [HERE / "grid.cpp", HERE / "runtime.cpp"]
+RUNTIME = sorted(HERE.glob("*.cpp"))
 
 
 def library(sanitize: bool = False, name: str = "plain", edit: Edit = lambda _, text: text) -> Path:

@@ -2,6 +2,8 @@
 
     with emulator.running(seed=1, arch="90a"), pydiffuse.use_backend("cuda"):
         pydiffuse.tcfg(cond, uncond, 7.5)  # CPU tensors
+
+PYDIFFUSE_CUDA_SANITIZED=1 takes the library with AddressSanitizer, which must have been preloaded.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from pydiffuse._schemas import SCHEMAS
 from tests.cuda_host import build
 from tests.cuda_host.devices import DEVICES, RESOURCES, short
 
+KERNEL = r"\w+_kernel(<[\d, ]+>)?"
 NAMESPACE = "pydiffuse_cuda_host"
 LIBRARY = os.environ.get("PYDIFFUSE_CUDA_HOST_LIBRARY")  # one that was built otherwise
 SANITIZED = os.environ.get("PYDIFFUSE_CUDA_SANITIZED") == "1"
@@ -60,7 +63,7 @@ class Emulator:
         anchor = next(int(at, 16) for at, _, name in lines if name == "cuda_host_has_calculator")
         kernels = []
         for at, kind, name in lines:
-            if kind in "tT" and re.fullmatch(r"\w+_kernel(<[\d, ]+>)?", short(name)) and "pydiffuse::" in name:
+            if kind in "tT" and re.fullmatch(KERNEL, short(name)) and "pydiffuse::" in name:
                 kernels.append(Kernel(short(name), base + int(at, 16) - anchor))
         for kernel in kernels:
             self._library.cuda_host_name_kernel(ctypes.c_void_p(kernel.address), kernel.name.encode())
@@ -114,9 +117,7 @@ def load() -> Emulator:
 
 
 @contextmanager
-def running(
-    seed: int = 0, arch: str = "90a", multiprocessors: int | None = None
-) -> Iterator[Emulator]:
+def running(seed: int = 0, arch: str = "90a", multiprocessors: int | None = None) -> Iterator[Emulator]:
     """`use_backend("cuda")` takes CPU tensors to the kernels on the host."""
     emulator = load()
     before = _ops.cuda_host

@@ -1,19 +1,11 @@
 // Threads of execution on stacks of their own, which take turns on one thread of the system.
 #pragma once
 
-#include <sys/mman.h>
-
 #include <cstddef>
-#include <cstdint>
-#include <cstring>
-#include <new>
 
-#ifdef __SANITIZE_ADDRESS__
-#include <sanitizer/asan_interface.h>
-#include <sanitizer/common_interface_defs.h>
-#endif
-
-#ifndef __x86_64__
+#if defined(__x86_64__) && !defined(CUDA_HOST_UCONTEXT)
+#define CUDA_HOST_SWITCH  // a switch of our own; elsewhere the system's, which is slower
+#else
 #include <ucontext.h>
 #endif
 
@@ -28,75 +20,25 @@ struct Stack {  // the lowest page is not there: a frame that does not fit is a 
 #endif
   char* bottom;
 
-  Stack() {
-    void* all = mmap(nullptr, PAGE + BYTES, PROT_READ | PROT_WRITE,
-                     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (all == MAP_FAILED || mprotect(all, PAGE, PROT_NONE)) throw std::bad_alloc();
-    bottom = static_cast<char*>(all) + PAGE;
-  }
+  Stack();
   Stack(Stack&& other) : bottom(other.bottom) { other.bottom = nullptr; }
-  ~Stack() {
-    if (bottom) munmap(bottom - PAGE, PAGE + BYTES);
-  }
+  ~Stack();
 };
 
 struct Context {  // of one that waits for its turn
   const void* bottom = nullptr;
   size_t bytes = 0;
   void* fake_stack = nullptr;  // AddressSanitizer's
-#ifdef __x86_64__
+#ifdef CUDA_HOST_SWITCH
   void* top = nullptr;
 #else
   ucontext_t registers;
 #endif
 };
 
-#ifdef __x86_64__
-extern "C" void cuda_host_switch(void** from, void* to);  // saves what a callee must, on the stack
-#endif
-
-// `entry` must not return.
-inline void prepare(Context& c, const Stack& stack, void (*entry)()) {
-  c.bottom = stack.bottom;
-  c.bytes = Stack::BYTES;
-  c.fake_stack = nullptr;
-#ifdef __SANITIZE_ADDRESS__
-  __asan_unpoison_memory_region(stack.bottom, Stack::BYTES);  // of frames that were left for good
-#endif
-#ifdef __x86_64__
-  void** top = reinterpret_cast<void**>(stack.bottom + Stack::BYTES) - 1;
-  *--top = reinterpret_cast<void*>(entry);
-  std::memset(top -= 6, 0, 6 * sizeof(void*));
-  c.top = top;
-#else
-  getcontext(&c.registers);
-  c.registers.uc_stack.ss_sp = stack.bottom;
-  c.registers.uc_stack.ss_size = Stack::BYTES;
-  c.registers.uc_link = nullptr;
-  makecontext(&c.registers, entry, 0);
-#endif
-}
-
-inline Context* came_from = nullptr;
-
-inline void arrived([[maybe_unused]] Context* here) {  // first of all, on a new stack
-#ifdef __SANITIZE_ADDRESS__
-  __sanitizer_finish_switch_fiber(here ? here->fake_stack : nullptr, &came_from->bottom,
-                                  &came_from->bytes);
-#endif
-}
-
-inline void swap(Context& from, Context& to) {
-  came_from = &from;
-#ifdef __SANITIZE_ADDRESS__
-  __sanitizer_start_switch_fiber(&from.fake_stack, to.bottom, to.bytes);
-#endif
-#ifdef __x86_64__
-  cuda_host_switch(&from.top, to.top);
-#else
-  swapcontext(&from.registers, &to.registers);
-#endif
-  arrived(&from);
-}
+// On its first turn it calls `entry`, which must call arrived(nullptr) and must not return.
+void prepare(Context& c, const Stack& stack, void (*entry)());
+void arrived(Context* here);
+void swap(Context& from, Context& to);
 
 }  // namespace cuda_host

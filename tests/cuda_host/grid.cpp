@@ -2,99 +2,20 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <cstring>
 #include <map>
 #include <numeric>
 #include <tuple>
-
-#include "include/cuda_pipeline.h"
-
-#ifdef __x86_64__
-asm(R"(
-.text
-.globl cuda_host_switch
-.hidden cuda_host_switch
-.type cuda_host_switch, @function
-cuda_host_switch:
-  pushq %rbp
-  pushq %rbx
-  pushq %r12
-  pushq %r13
-  pushq %r14
-  pushq %r15
-  movq %rsp, (%rdi)
-  movq %rsi, %rsp
-  popq %r15
-  popq %r14
-  popq %r13
-  popq %r12
-  popq %rbx
-  popq %rbp
-  ret
-.size cuda_host_switch, . - cuda_host_switch
-)");
-#endif
+#include <utility>
 
 namespace cuda_host {
+
+Thread* running;
+
 namespace {
 
-constexpr unsigned LANES = 32;
-
-enum class State { running, barrier, warp, grid, ended };
 constexpr const char* WAITS[] = {"may go on", "wait at __syncthreads", "wait for their warp",
                                  "wait for the grid", "have ended"};
-
-struct Free {
-  void operator()(void* p) const { std::free(p); }
-};
-using Memory = std::unique_ptr<void, Free>;
-
-Memory poisoned(size_t bytes, size_t align) {
-  void* p = nullptr;
-  if (posix_memalign(&p, std::max(align, sizeof(void*)), bytes)) throw std::bad_alloc();
-  std::memset(p, 0xff, bytes);
-  return Memory(p);
-}
-
-struct Copy {
-  void* to;
-  const void* from;
-  size_t bytes, zeros;
-};
-
-struct Block;
-struct Warp;
-
-struct Thread {
-  Context context;
-  Block* block = nullptr;
-  Warp* warp = nullptr;
-  uint3 index{};
-  unsigned number = 0;  // in its block
-  State state = State::running;
-  Where where;
-  unsigned mask = 0;      // of the lanes it waits for
-  uint64_t words[LANES];  // what they gave
-  std::vector<std::vector<Copy>> batches;
-  std::vector<Copy> copies;  // since the last commit
-
-  unsigned lane() const { return number % LANES; }
-};
-
-struct Warp {
-  uint64_t words[LANES];
-  unsigned lanes = 0, waiting = 0;  // that there are, that wait
-  std::vector<Thread*> ready;       // that may go on
-  size_t place = 0;                 // in `awake`, if there are any
-};
-
-struct Block {
-  uint3 index{};
-  std::vector<Thread> threads;
-  std::vector<Warp> warps;
-  unsigned waiting = 0;  // at the barrier
-  Memory dynamic;
-  std::vector<std::pair<const void*, Memory>> variables;
-};
 
 struct Random {  // splitmix64
   uint64_t state;
@@ -110,8 +31,7 @@ struct Random {  // splitmix64
 const Launch* flight;
 std::vector<Block> blocks;
 std::vector<Warp*> awake;  // with threads that may go on
-Thread* running;
-bool greedy;  // a warp goes on as long as it can
+bool greedy;               // a warp goes on as long as it can
 size_t alive, in_grid_sync;
 Context host;
 Random random_;
@@ -125,12 +45,11 @@ std::string place(const Where& where) {
 
 // Who waits where, as "32 threads (0 to 31) wait at __syncthreads (conv.cuh:68)".
 std::string census(const Block& block) {
-  std::map<std::pair<State, std::string>, std::pair<std::vector<unsigned>, unsigned>> groups;
+  std::map<std::pair<State, std::string>, std::vector<unsigned>> groups;
   for (const Thread& t : block.threads)
-    groups[{t.state, t.state == State::ended ? "" : place(t.where)}].first.push_back(t.number);
+    groups[{t.state, t.state == State::ended ? "" : place(t.where)}].push_back(t.number);
   std::string text;
-  for (const auto& [at, who] : groups) {
-    const auto& threads = who.first;
+  for (const auto& [at, threads] : groups) {
     text += (text.empty() ? "" : "; ") + std::to_string(threads.size()) + " threads (" +
             std::to_string(threads.front()) + " to " + std::to_string(threads.back()) + ") " +
             WAITS[static_cast<int>(at.first)] + (at.second.empty() ? "" : " (" + at.second + ")");
@@ -163,12 +82,21 @@ Thread* choose(Warp* last) {
   return chosen;
 }
 
+}  // namespace
+
 void next_turn() {
   Thread* const self = running;
   if (awake.empty() || !failure.empty()) return swap(self->context, host);
   Thread* const next = choose(self->warp);
   if (next != self) go(self->context, next);
 }
+
+void fail(const std::string& why) {
+  failure = why;
+  next_turn();
+}
+
+namespace {
 
 void resume(Thread& t) {
   t.state = State::running;
@@ -262,9 +190,8 @@ void finish(size_t threads) {  // of the blocks that were started
   go(host, choose(nullptr));
   if (failure.empty() && alive)
     for (const Block& b : blocks)
-      if (failure.empty() && std::any_of(b.threads.begin(), b.threads.end(), [](const Thread& t) {
-            return t.state != State::ended;
-          }))
+      if (failure.empty() && std::any_of(b.threads.begin(), b.threads.end(),
+                                         [](const Thread& t) { return t.state != State::ended; }))
         failure = census(b);
   awake.clear();
 }
@@ -300,8 +227,7 @@ void sync_block(const Where& where) { wait(State::barrier, where, 0); }
 void sync_warp(unsigned mask, const Where& where) { wait(State::warp, where, mask); }
 void sync_grid(const Where& where) {
   if (!flight->cooperative) {
-    failure = "the grid was waited for in a launch that is not cooperative";
-    return next_turn();
+    return fail("the grid was waited for in a launch that is not cooperative");
   }
   wait(State::grid, where, 0);
 }
@@ -311,41 +237,6 @@ const uint64_t* exchange(unsigned mask, uint64_t word, const Where& where) {
   self.warp->words[self.lane()] = word;
   wait(State::warp, where, mask);
   return self.words;
-}
-
-void* dynamic_shared() { return running->block->dynamic.get(); }
-
-void* static_shared(const void* key, size_t bytes, size_t align) {
-  auto& variables = running->block->variables;
-  for (const auto& [known, memory] : variables)
-    if (known == key) return memory.get();
-  return variables.emplace_back(key, poisoned(bytes, align)).second.get();
-}
-
-void copy_later(void* to, const void* from, size_t bytes, size_t zeros) {
-  const auto aligned = [&](const void* p) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; };
-  if ((bytes != 4 && bytes != 8 && bytes != 16) || zeros > bytes || !aligned(to) || !aligned(from)) {
-    failure = "an asynchronous copy of " + std::to_string(bytes) + " bytes is not aligned to them";
-    return next_turn();
-  }
-  std::memset(to, 0xff, bytes);
-  running->copies.push_back({to, from, bytes, zeros});
-}
-
-void commit_copies() {
-  running->batches.push_back(std::move(running->copies));
-  running->copies.clear();
-}
-
-void wait_copies(size_t batches_left) {
-  auto& batches = running->batches;
-  while (batches.size() > batches_left) {
-    for (const Copy& c : batches.front()) {
-      std::memcpy(c.to, c.from, c.bytes - c.zeros);
-      std::memset(static_cast<char*>(c.to) + c.bytes - c.zeros, 0, c.zeros);
-    }
-    batches.erase(batches.begin());
-  }
 }
 
 }  // namespace cuda_host

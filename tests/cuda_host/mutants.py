@@ -1,6 +1,8 @@
 """Does the emulator miss a barrier? Every one in csrc/cuda is left out in turn; the results must change.
 
-    python -m tests.cuda_host.mutants [--only NAME]
+    python -m tests.cuda_host.mutants [--only FILE]
+
+Barriers of loops that are never gone through twice are known to be missed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-// Kernels with a fault each, which the emulator must find (tests/test_cuda_host.py); and one without.
+// Kernels with a fault each, which the emulator must find (tests/test_cuda_host.py); and one
+// without.
 #include <cuda_runtime.h>
 
 #include <string>
@@ -6,7 +7,17 @@
 namespace pydiffuse {
 namespace {
 
-enum Fault { NONE, NO_BARRIER, OUT_OF_BOUNDS, OUT_OF_SHARED, DIVERGENT, ENDED, ELSEWHERE, UNWRITTEN, MISALIGNED };
+enum Fault {
+  NONE,
+  NO_BARRIER,
+  OUT_OF_BOUNDS,
+  OUT_OF_SHARED,
+  DIVERGENT,
+  ENDED,
+  ELSEWHERE,
+  UNWRITTEN,
+  MISALIGNED
+};
 
 struct PlantedArgs {
   int fault;
@@ -22,14 +33,16 @@ __global__ void __launch_bounds__(256) planted_kernel(const __grid_constant__ Pl
   if (a.fault == MISALIGNED) reinterpret_cast<float4&>(a.out[1]).x = 0.0f;
   if (a.fault == OUT_OF_SHARED) reinterpret_cast<float*>(block_memory)[64 + i] = 0.0f;
   if (a.fault == ENDED && i >= 224) return;
-  if (a.fault == DIVERGENT ? i < 64 : a.fault != NO_BARRIER && a.fault != ELSEWHERE) __syncthreads();
+  if (a.fault == DIVERGENT ? i < 64 : a.fault != NO_BARRIER && a.fault != ELSEWHERE)
+    __syncthreads();
   if (a.fault == ELSEWHERE) {
     if (i < 32)
       __syncthreads();
     else
       __syncthreads();
   }
-  a.out[a.fault == OUT_OF_BOUNDS ? i + 1 : i] = a.fault == UNWRITTEN ? block_memory[0].x : turned[i];
+  a.out[a.fault == OUT_OF_BOUNDS ? i + 1 : i] =
+      a.fault == UNWRITTEN ? block_memory[0].x : turned[i];
 }
 
 __global__ void __launch_bounds__(256) occupying_kernel(const __grid_constant__ PlantedArgs a) {
@@ -56,7 +69,8 @@ EXPORT const char* planted_occupancy(int blocks, bool ask, float* out) {
   const auto kernel = reinterpret_cast<const void*>(occupying_kernel);
   size_t bytes = 0;
   if (ask)
-    return cudaGetErrorString(cudaOccupancyAvailableDynamicSMemPerBlock(&bytes, kernel, blocks, 256));
+    return cudaGetErrorString(
+        cudaOccupancyAvailableDynamicSMemPerBlock(&bytes, kernel, blocks, 256));
   int device = 0, multiprocessors = 0;
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);

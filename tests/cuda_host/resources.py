@@ -51,8 +51,8 @@ def compiled(job: tuple[Path, str]) -> dict[str, Usage]:
     code = f"-gencode=arch=compute_{arch},code=sm_{arch}"
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "out.o"
-        command = [build.nvcc(), *f"{build.NVCC} {build.TORCH} {code}".split(), "-c", source, "-o", target]
-        subprocess.run(command, check=True, cwd=build.ROOT)
+        flags = f"{build.NVCC} {build.TORCH} {code}".split()
+        subprocess.run([build.nvcc(), *flags, "-c", source, "-o", target], check=True, cwd=build.ROOT)
         return read(target)
 
 

@@ -1,5 +1,5 @@
-// CUDA's runtime for devices that are only described: what it knows of them and of the kernels comes
-// from Python (emulator.py), and NVIDIA's calculator says what a multiprocessor holds.
+// CUDA's runtime for devices that are only described: what it knows of them and of the kernels
+// comes from Python (emulator.py), and NVIDIA's calculator says what a multiprocessor holds.
 #include <map>
 #include <mutex>
 #include <string>
@@ -86,9 +86,9 @@ cudaError_t launch(const void* kernel, dim3 grid, dim3 block, size_t shared, boo
   const unsigned threads = block.x * block.y * block.z;
   const cudaError_t refused = refusal(k.usage[current], grid, threads, shared);
   if (refused != cudaSuccess) return told(refused);
-  if (cooperative && grid.x * grid.y * grid.z >
-                         static_cast<uint64_t>(resident(kernel, static_cast<int>(threads), shared)) *
-                             devices[current].multiProcessorCount)
+  if (cooperative && grid.x * grid.y * grid.z > static_cast<uint64_t>(resident(
+                                                    kernel, static_cast<int>(threads), shared)) *
+                                                    devices[current].multiProcessorCount)
     return told(cudaErrorCooperativeLaunchTooLarge);
   ++k.launches;
   const std::string wrong =

@@ -1,4 +1,5 @@
-// The part of CUDA's runtime that csrc/cuda calls, for kernels that run on the host (../runtime.cpp).
+// The part of CUDA's runtime that csrc/cuda calls, for kernels that run on the host
+// (../runtime.cpp).
 #pragma once
 
 #include <cstddef>

@@ -1,6 +1,6 @@
-// CUDA C++ for the host compiler: what kernels may say. A thread is a fiber (../fibers.h); a barrier
-// or a shuffle is a call that comes back when the other threads have arrived, with the place it was
-// called from, by which divergence is told.
+// CUDA C++ for the host compiler: what kernels may say. A thread is a fiber (../fibers.h); a
+// barrier or a shuffle is a call that comes back when the other threads have arrived, with the
+// place it was called from, by which divergence is told.
 #pragma once
 
 #include <cmath>
@@ -68,8 +68,8 @@ const uint64_t* exchange(unsigned mask, uint64_t word, const Where& where);
 void* dynamic_shared();
 void* static_shared(const void* key, size_t bytes, size_t align);
 
-// A __shared__ variable, as a struct of one member (../build.py makes one of each declaration). Every
-// block has its own; it begins as NaN.
+// A __shared__ variable, as a struct of one member (../build.py makes one of each declaration).
+// Every block has its own; it begins as NaN.
 template <class Variable>
 Variable& shared() {
   static const char key = 0;

@@ -12,7 +12,7 @@ inline float exp2_approx(float x) {
   if (std::fabs(x) < 0x1p-126f) return 1.0f;
   const float y = std::exp2(x);
   if (!std::isfinite(y) || y < 0x1p-125f) return y < 0x1p-126f ? 0.0f : y;
-  const uint32_t hash = cuda_host::bits<uint32_t>(x) * 2654435761u >> 29;  // 0 .. 7
+  const uint32_t hash = cuda_host::bits<uint32_t>(x) * 2654435761u >> 29;      // 0 .. 7
   return cuda_host::bits<float>(cuda_host::bits<uint32_t>(y) + hash % 5 - 2);  // ulps
 }
 
