@@ -31,7 +31,7 @@ FLAGS = "-std=c++20 -fvisibility=hidden -ffp-contract=fast -fno-math-errno -w"
 PLAIN = "-O1 -g0"
 SANITIZED = (
     "-O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined"
-    " -ftrivial-auto-var-init=pattern"
+    " -DCUDA_HOST_SANITIZED"
 )
 
 
@@ -106,7 +106,8 @@ def library(sanitize: bool = False, name: str = "plain", edit: Edit = lambda _, 
     folder = BUILD / ("sanitized" if sanitize else name)
     sources = [p for p in CUDA.iterdir() if p.suffix in (".cu", ".cuh", ".h") and p.name != "ptx.cuh"]
     translated = translate(sorted([*sources, HERE / "planted.cu"]), folder / "cuda", edit)
-    flags = f"{SANITIZED if sanitize else PLAIN} -fPIC {build.TORCH}"
+    more = f"{SANITIZED} -ftrivial-auto-var-init=pattern" if sanitize else PLAIN
+    flags = f"{more} -fPIC {build.TORCH}"
     libs = f"-shared -L{' -L'.join(library_paths())} -ltorch_cpu -ldl -lpthread"
     units = [t for t in translated if t.suffix == ".cu"] + RUNTIME
     return compiled(folder, units, folder / "libcuda_host.so", flags, libs)

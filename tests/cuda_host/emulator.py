@@ -42,7 +42,7 @@ class Emulator:
     def __init__(self) -> None:
         path = Path(LIBRARY) if LIBRARY else build.library(SANITIZED)
         self._define()
-        self._library = ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)
+        self._library = ctypes.CDLL(str(path))
         for f in ("planted_launch", "planted_occupancy", "planted_shared"):
             getattr(self._library, f).restype = ctypes.c_char_p
         self.calculator = bool(self._library.cuda_host_has_calculator())

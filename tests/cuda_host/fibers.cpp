@@ -5,7 +5,7 @@
 #include <cstring>
 #include <new>
 
-#ifdef __SANITIZE_ADDRESS__
+#ifdef CUDA_HOST_SANITIZED
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
@@ -60,7 +60,7 @@ void prepare(Context& c, const Stack& stack, void (*entry)()) {
   c.bottom = stack.bottom;
   c.bytes = Stack::BYTES;
   c.fake_stack = nullptr;
-#ifdef __SANITIZE_ADDRESS__
+#ifdef CUDA_HOST_SANITIZED
   __asan_unpoison_memory_region(stack.bottom, Stack::BYTES);  // of frames that were left for good
 #endif
 #ifdef CUDA_HOST_SWITCH
@@ -78,7 +78,7 @@ void prepare(Context& c, const Stack& stack, void (*entry)()) {
 }
 
 void arrived([[maybe_unused]] Context* here) {
-#ifdef __SANITIZE_ADDRESS__
+#ifdef CUDA_HOST_SANITIZED
   __sanitizer_finish_switch_fiber(here ? here->fake_stack : nullptr, &came_from->bottom,
                                   &came_from->bytes);
 #endif
@@ -86,7 +86,7 @@ void arrived([[maybe_unused]] Context* here) {
 
 void swap(Context& from, Context& to) {
   came_from = &from;
-#ifdef __SANITIZE_ADDRESS__
+#ifdef CUDA_HOST_SANITIZED
   __sanitizer_start_switch_fiber(&from.fake_stack, to.bottom, to.bytes);
 #endif
 #ifdef CUDA_HOST_SWITCH

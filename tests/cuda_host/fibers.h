@@ -13,7 +13,7 @@ namespace cuda_host {
 
 struct Stack {  // the lowest page is not there: a frame that does not fit is a fault, not a bug
   static constexpr size_t PAGE = 4096;
-#ifdef __SANITIZE_ADDRESS__
+#ifdef CUDA_HOST_SANITIZED
   static constexpr size_t BYTES = 512 << 10;
 #else
   static constexpr size_t BYTES = 96 << 10;

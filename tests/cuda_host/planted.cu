@@ -1,5 +1,6 @@
 // Kernels with a fault each, which the emulator must find (tests/test_cuda_host.py); and one
 // without.
+#include <cuda_pipeline.h>
 #include <cuda_runtime.h>
 
 #include <string>
@@ -16,7 +17,9 @@ enum Fault {
   ENDED,
   ELSEWHERE,
   UNWRITTEN,
-  MISALIGNED
+  MISALIGNED,
+  IN_WARP,
+  NO_WAIT
 };
 
 struct PlantedArgs {
@@ -33,6 +36,11 @@ __global__ void __launch_bounds__(256) planted_kernel(const __grid_constant__ Pl
   if (a.fault == MISALIGNED) reinterpret_cast<float4&>(a.out[1]).x = 0.0f;
   if (a.fault == OUT_OF_SHARED) reinterpret_cast<float*>(block_memory)[64 + i] = 0.0f;
   if (a.fault == ENDED && i >= 224) return;
+  if (a.fault == IN_WARP && (i & 1)) turned[i] = __shfl_xor_sync(0xffffffffu, turned[i], 2);
+  if (a.fault == NO_WAIT) {
+    __pipeline_memcpy_async(&block_memory[0].x, a.out, sizeof(float));
+    __pipeline_commit();
+  }
   if (a.fault == DIVERGENT ? i < 64 : a.fault != NO_BARRIER && a.fault != ELSEWHERE)
     __syncthreads();
   if (a.fault == ELSEWHERE) {
@@ -42,7 +50,7 @@ __global__ void __launch_bounds__(256) planted_kernel(const __grid_constant__ Pl
       __syncthreads();
   }
   a.out[a.fault == OUT_OF_BOUNDS ? i + 1 : i] =
-      a.fault == UNWRITTEN ? block_memory[0].x : turned[i];
+      a.fault == UNWRITTEN || a.fault == NO_WAIT ? block_memory[0].x : turned[i];
 }
 
 __global__ void __launch_bounds__(256) occupying_kernel(const __grid_constant__ PlantedArgs a) {

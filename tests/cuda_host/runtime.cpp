@@ -255,12 +255,6 @@ EXPORT void cuda_host_set_usage(const void* kernel, int device, int registers, i
 }
 EXPORT int cuda_host_launches(const void* kernel) { return kernels[kernel].launches; }
 
-// By this name csrc/cuda/launch.h looks for torch's; every stream is the same here.
-EXPORT int aoti_torch_get_current_cuda_stream(int, void** stream) {
-  *stream = nullptr;
-  return 0;
-}
-
 // The library's own: a call's device is the one that the tests have chosen, wherever torch has the
 // tensors.
 #define HIDDEN extern "C" __attribute__((visibility("hidden")))
