@@ -9,6 +9,7 @@ in shared memory becomes a reference to a block's own, and dynamic shared memory
 from __future__ import annotations
 
 import argparse
+import fcntl
 import importlib.util
 import os
 import re
@@ -81,7 +82,7 @@ def compiled(folder: Path, sources: list[Path], target: Path, flags: str, libs: 
         "rule cxx\n command = $cxx $flags -x c++ -MMD -MF $out.d -c $in -o $out\n depfile = $out.d\n deps = gcc",
         "rule link\n command = $cxx $flags $in -o $out $libs",
         f"cxx = {os.environ.get('CXX', 'g++')}",
-        f"flags = {FLAGS} {'-march=native' if build.X86 else ''} -I{HERE}/include -I{CUDA} {calculator()} {flags}",
+        f"flags = {FLAGS} {simd()} -I{HERE}/include -I{CUDA} {calculator()} {flags}",
         f"libs = {libs}",
     ]
     objects = [folder / f"{source.name}.o" for source in sources]
@@ -90,7 +91,10 @@ def compiled(folder: Path, sources: list[Path], target: Path, flags: str, libs: 
     (folder / "build.ninja").write_text("\n".join(lines) + "\n")
     jobs = ["-j", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []
     command = [Path(ninja.BIN_DIR) / "ninja", "-C", folder, "--quiet", *jobs]
-    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
+    env = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}  # of the sanitizers
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # tests that run side by side
+        done = subprocess.run(command, cwd=ROOT, env=env, text=True, capture_output=True)
     if done.returncode:
         raise RuntimeError(
             f"CUDA for the host does not compile:\n{done.stdout[-6000:]}{done.stderr[-2000:]}"
@@ -118,6 +122,13 @@ def planted() -> Path:
     folder = BUILD / "planted"
     units = translate([HERE / "planted.cu"], folder / "cuda") + RUNTIME
     return compiled(folder, units, folder / "planted", f"{SANITIZED} -DPLANTED_MAIN", "-lpthread")
+
+
+def simd() -> str:
+    """Multiplies and adds in one, as a GPU does, where this processor can."""
+    from pydiffuse import _host
+
+    return build.SIMD["avx2"] if _host.capability() in ("avx2", "avx512") else ""
 
 
 def calculator() -> str:
