@@ -54,9 +54,8 @@ def emulated_cuda():
         return
     from tests.cuda_host import emulator
 
-    with emulator.running(int(os.environ.get("PYDIFFUSE_CUDA_SEED", "0"))) as running:
+    with emulator.running(int(os.environ.get("PYDIFFUSE_CUDA_SEED", "0"))):
         yield
-        print(f"\nCUDA on the host: {sum(running.launches().values())} launches")
 
 
 def pytest_runtest_logreport(report):
