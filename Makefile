@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt $(PIP_ARGS)
 SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -type f)
 
-.PHONY: demo test lint bench micro tables gpu-test gpu-bench gpu-compile train clean
+.PHONY: demo test lint bench micro tables gpu-test gpu-bench gpu-compile cuda-emulate train clean
 
 demo: $(VENV)/demo
 	$(BIN)/python examples/digits/demo.py
@@ -17,7 +17,7 @@ test: $(VENV)/test lint
 lint: $(VENV)/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+	$(BIN)/clang-format --dry-run -Werror $$(find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache | tail -n +11
 
@@ -44,6 +44,10 @@ gpu-bench:
 TRITONS := 3.6.0 3.8.0 3.9.0
 gpu-compile: $(VENV)/test $(TRITONS:%=$(VENV)/triton-%)
 	$(BIN)/python -m tests.gpu_compile --out benchmarks/results/triton-builds.json
+
+# The CUDA kernels on the host, at length: several orders of threads, sanitizers, barriers left out.
+cuda-emulate: $(VENV)/test
+	$(BIN)/python -m tests.cuda_host
 
 $(VENV)/torch:
 	$(PYTHON) -m venv $(VENV)

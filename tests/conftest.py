@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from tests import compilers
+from tests.helpers import EMULATED
 
 COMPILED = "test_triton_kernels_compile_as_launched"
 
@@ -43,6 +44,18 @@ def poisoned_memory():
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def emulated_cuda():
+    """PYDIFFUSE_CUDA_EMULATED=1: `use_backend("cuda")` runs the CUDA kernels on the host."""
+    if not EMULATED:
+        yield
+        return
+    from tests.cuda_host import emulator
+
+    with emulator.running(int(os.environ.get("PYDIFFUSE_CUDA_SEED", "0"))):
+        yield
 
 
 def pytest_runtest_logreport(report):

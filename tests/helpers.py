@@ -17,7 +17,8 @@ from tests.table import Case, Tolerance
 
 GPU = os.environ.get("PYDIFFUSE_TEST_GPU") == "1"
 DEVICE = "cuda" if GPU else "cpu"
-BACKENDS = ["cuda", "triton"] if GPU else ["cpu", "triton"]
+EMULATED = os.environ.get("PYDIFFUSE_CUDA_EMULATED") == "1"  # CUDA kernels on the host: tests/cuda_host
+BACKENDS = ["cuda", "triton"] if GPU else ["cuda", "cpu"] if EMULATED else ["cpu", "triton"]
 
 
 def leaves(args: Any) -> list[Tensor]:

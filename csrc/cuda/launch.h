@@ -85,8 +85,8 @@ class Launch {
  public:
   explicit Launch(const Tensor& like)
       : like_(like),
-        device_(like.get_device_index()),
-        guard_(device_),
+        guard_(like.get_device_index()),
+        device_(torch::stable::accelerator::getCurrentDeviceIndex()),
         stream_(current_stream(device_)) {}
 
   // Uninitialised; reused by torch for later work on this stream once the call has returned.
@@ -95,8 +95,9 @@ class Launch {
     return static_cast<double*>(workspace_.back().data_ptr());
   }
   void check_device(const char* op, const MaybeTensor& t) const {
-    STD_TORCH_CHECK(!t || (t->is_cuda() && t->get_device_index() == device_), op,
-                    ": all tensors must be on one device");
+    STD_TORCH_CHECK(!t || (t->is_cuda() == like_.is_cuda() &&
+                           t->get_device_index() == like_.get_device_index()),
+                    op, ": all tensors must be on one device");
   }
   int multiprocessors() const { return device_attribute(cudaDevAttrMultiProcessorCount, device_); }
   template <class Args>
@@ -107,18 +108,17 @@ class Launch {
   template <class Args>
   void run(void (*kernel)(Args), int64_t blocks, int threads, const Args& args,
            int64_t shared = 0) const {
-    kernel<<<static_cast<unsigned>(std::min<int64_t>(blocks, INT_MAX)), threads, shared, stream_>>>(
-        args);
-    cuda_check(cudaGetLastError());
+    void* argument[] = {const_cast<Args*>(&args)};
+    const dim3 grid(static_cast<unsigned>(std::min<int64_t>(blocks, INT_MAX)));
+    cuda_check(cudaLaunchKernel(kernel, grid, dim3(threads), argument, shared, stream_));
   }
   // False, with nothing launched, where this process may not use enough of the device at once.
   template <class Args>
   bool run_cooperative(void (*kernel)(Args), int64_t blocks, int threads, const Args& args,
                        int64_t shared) const {
     void* argument[] = {const_cast<Args*>(&args)};
-    const cudaError_t error = cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel),
-                                                          dim3(static_cast<unsigned>(blocks)),
-                                                          dim3(threads), argument, shared, stream_);
+    const cudaError_t error = cudaLaunchCooperativeKernel(
+        kernel, dim3(static_cast<unsigned>(blocks)), dim3(threads), argument, shared, stream_);
     if (error == cudaErrorCooperativeLaunchTooLarge) {
       cudaGetLastError();  // it is answered for here
       return false;
@@ -129,8 +129,8 @@ class Launch {
 
  private:
   Tensor like_;
-  int device_;
   torch::stable::accelerator::DeviceGuard guard_;
+  int device_;
   cudaStream_t stream_;
   Tensors workspace_;
 };

@@ -21,13 +21,9 @@ constexpr float LOG2E = 1.44269504089f, LN2 = 0.693147180560f;
 
 static_assert(LANES == 4 && STEPS % LANES == 0, "four steps and four lanes go together below");
 
-// 2^x: relative error at most 2^-22. What a chunk hands on decays by one 2^(A sum delta), so these
-// errors gather over 64 steps at the most, however slow the decay.
-__device__ __forceinline__ float exp2_fast(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
+// What a chunk hands on decays by one 2^(A sum delta), so the errors of these gather over 64 steps
+// at the most, however slow the decay.
+__device__ __forceinline__ float exp2_fast(float x) { return exp2_approx(x); }
 
 // log(1 + t) for t in [0, 1], relative error 2e-7 (a Chebyshev fit of log(1 + t) / t).
 __device__ __forceinline__ float log1p_fast(float t) {

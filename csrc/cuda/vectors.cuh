@@ -12,6 +12,7 @@
 #include <cuda_fp16.h>
 
 #include "../tensor.h"
+#include "ptx.cuh"
 
 namespace pydiffuse {
 namespace {
@@ -143,10 +144,6 @@ __device__ __forceinline__ double warp_sum(double v) {  // in a fixed order; eve
 #pragma unroll
   for (int lanes = 16; lanes > 0; lanes /= 2) v += __shfl_xor_sync(0xffffffffu, v, lanes);
   return v;
-}
-
-__device__ __forceinline__ void prefetch(const void* p) {  // to the second-level cache
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(p)));
 }
 
 }  // namespace

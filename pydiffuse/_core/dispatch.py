@@ -105,11 +105,13 @@ def _interpreted() -> bool:
 
 
 built_cuda = _has_cuda_kernels()
+cuda_host: Any = None
+"""The CUDA kernels compiled for the host, for CPU tensors, where the tests run them (tests/cuda_host)."""
 _asked: ContextVar[str | None] = ContextVar("pydiffuse_backend", default=None)
-_default: str | None = None  # of the whole process
-_traced: str | None = (
-    None  # the backend asked for last: what Dynamo, which knows no ContextVar, guards on
-)
+_default: str | None = None
+"""Of the whole process."""
+_traced: str | None = None
+"""The backend asked for last: what Dynamo, which knows no ContextVar, guards on."""
 
 
 @torch.compiler.assume_constant_result
@@ -117,6 +119,8 @@ def _missing(backend: str) -> str | None:
     """What stands in the way of a backend on this machine, with the remedy; None if nothing."""
     if backend == "cpu" and not built:
         return f"the compiled extension is missing ({_why_missing}): `pip install -e .` builds it"
+    if backend == "cuda" and cuda_host:
+        return None
     if backend == "cuda" and not built_cuda:
         return "it was built without CUDA: install nvcc and rebuild with PYDIFFUSE_CUDA=1"
     if backend == "triton" and not _has_triton():
@@ -219,6 +223,8 @@ def ops_for(op: str, tensor: Tensor) -> Any:
             raise RuntimeError(f"{op}: backend {backend!r} is not available: {missing}")
     elif backend not in _declared(op):
         raise ValueError(f"{op}: backend {backend!r} was asked for; it has {', '.join(_declared(op))}")
+    elif backend == "cuda" and device == "cpu" and cuda_host:
+        return cuda_host
     elif device not in _SERVES[backend]:
         raise ValueError(
             f"{op}: backend {backend!r} was asked for, but the tensors are on {device!r};"
@@ -244,9 +250,11 @@ def direct(op: str, *tensors: Any) -> Any:
     first = tensors[0]
     if first.__class__ not in _PLAIN:
         return None
-    asked = forced()
+    asked, ops = forced(), torch.ops.pydiffuse
     if first.is_cpu:
         serves = built and (asked is None or asked == "cpu")
+        if asked == "cuda" and cuda_host and "cuda" in _declared(op):
+            serves, ops = True, cuda_host
     else:
         serves = first.is_cuda and asked in (None, "cuda") and _gpu_backend(op, first) == "cuda"
     if not serves:
@@ -257,7 +265,7 @@ def direct(op: str, *tensors: Any) -> Any:
             t.__class__ not in _PLAIN or t.is_cpu is not here or t.is_meta or (learns and t.requires_grad)
         ):
             return None
-    return torch.ops.pydiffuse
+    return ops
 
 
 def _launcher(name: str, stem: str) -> Callable[..., None]:
