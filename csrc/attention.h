@@ -1,4 +1,4 @@
-// Tile attention: the vocabulary of kernels and doors.
+// Tile attention: the vocabulary of kernels and bindings.
 //
 // A plan cuts queries and keys into tiles and says which tiles of keys a tile of queries sees, as
 // spans of keys: whole ones, or one tile with a mask of bits. pydiffuse/plans/plan.py makes it.

@@ -1,4 +1,4 @@
-// Guidance: the vocabulary that the CPU kernels, the CUDA kernels and both doors share.
+// Guidance: the vocabulary that the CPU kernels, the CUDA kernels and both bindings share.
 //
 // A guidance rule sees k predictions p_0 .. p_{k-1} of a sample only through their Gram matrix
 // G_ij = <p_i, p_j>, their sums s_i and a few parameters; it answers with k coefficients, and the
@@ -49,7 +49,7 @@ constexpr int triangle(int k) { return k * (k + 1) / 2; }
 constexpr int stats(int k, bool sums) { return triangle(k) + (sums ? k : 0); }
 constexpr int MAX_STATS = stats(MAX_PREDS + 1, true);
 
-// The calls, as the doors hand them to the CPU (cpu/guidance_call.h) and to CUDA
+// The calls, as the bindings hand them to the CPU (cpu/guidance_call.h) and to CUDA
 // (cuda/guidance.cu).
 struct GuideCall {
   Rule rule;

@@ -1,4 +1,4 @@
-// Patches with a noise level of their own: the vocabulary of kernels and doors.
+// Patches with a noise level of their own: the vocabulary of kernels and bindings.
 //
 // t = 0 is noise, t = 1 data, x = alpha x1 + sigma eps. A step, a noising, a change of what is
 // predicted and their gradients are all out_j = sum_m c_jm term_m, where c depends on the patch

@@ -1,4 +1,4 @@
-// The selective scan: the vocabulary that the CPU kernels, the CUDA kernels and the doors share.
+// The selective scan: the vocabulary that the CPU kernels, the CUDA kernels and the bindings share.
 //
 //   h_l = exp(delta_l A) h_(l-1) + delta_l B_l u_l;   y_l = (<C_l, h_l> + D u_l) silu(z_l)
 //

@@ -45,9 +45,9 @@ def test_every_declared_backend_has_its_room(op):
         assert registered(f"pydiffuse::{kernel}", "CPU")
         assert registered(f"pydiffuse_triton::{kernel}", "CUDA")
         assert callable(getattr(importlib.import_module(f"pydiffuse.kernels.{op.stem}"), kernel))
-        for door in ("csrc/torch", "csrc/cuda") if "cuda" in op.backends else ("csrc/torch",):
-            sources = "".join(p.read_text() for p in sorted((ROOT / door).glob(f"{op.stem}*")))
-            assert f'm.impl("{kernel}"' in sources, f"{door} registers no {kernel}"
+        for binding in ("csrc/torch", "csrc/cuda") if "cuda" in op.backends else ("csrc/torch",):
+            sources = "".join(p.read_text() for p in sorted((ROOT / binding).glob(f"{op.stem}*")))
+            assert f'm.impl("{kernel}"' in sources, f"{binding} registers no {kernel}"
     assert any(case.op == op.name for case in CASES), f"no case of {op.name} in the table"
 
 

@@ -1,4 +1,4 @@
-"""The NumPy door gives the bits of the torch door, whatever the array."""
+"""The NumPy binding gives the bits of the torch binding, whatever the array."""
 
 from __future__ import annotations
 

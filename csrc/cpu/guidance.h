@@ -1,4 +1,4 @@
-// The CPU kernels of guidance, as the doors call them: functions over a range of work items.
+// The CPU kernels of guidance, as the bindings call them: functions over a range of work items.
 // An item is CHUNK elements of one sample; chunks depend on nothing but n, so neither the number
 // of threads nor the neighbours in the batch change a bit of the result.
 #pragma once

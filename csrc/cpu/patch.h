@@ -1,4 +1,4 @@
-// The CPU kernels of patches, as the doors call them: functions over a range of work items.
+// The CPU kernels of patches, as the bindings call them: functions over a range of work items.
 #pragma once
 
 #include "../patch.h"

@@ -1,4 +1,4 @@
-// The CPU kernel of token routing, as the doors call it. An item is one token that is written.
+// The CPU kernel of token routing, as the bindings call it. An item is one token that is written.
 #pragma once
 
 #include "../routing.h"

@@ -1,4 +1,4 @@
-// The CPU kernels of the selective scan, as the doors call them: functions over a range of work
+// The CPU kernels of the selective scan, as the bindings call them: functions over a range of work
 // items.
 //
 // An item is BLOCK channels of one group and one sample (forward), or of one part of the batch

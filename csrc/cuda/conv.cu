@@ -1,4 +1,4 @@
-// The torch door of the causal convolution on CUDA. Schemas stand in pydiffuse/_core/schemas.py.
+// The torch binding of the causal convolution on CUDA. Schemas stand in pydiffuse/_core/schemas.py.
 #include "../torch/conv_direct.h"
 #include "conv.cuh"
 

@@ -1,4 +1,4 @@
-// The torch door of guidance on CUDA. Schemas stand in pydiffuse/_core/schemas.py.
+// The torch binding of guidance on CUDA. Schemas stand in pydiffuse/_core/schemas.py.
 #include "../torch/guidance_direct.h"
 #include "guidance_mix.cuh"
 #include "launch.h"

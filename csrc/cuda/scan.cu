@@ -1,4 +1,4 @@
-// The torch door of the selective scan on CUDA. Schemas stand in pydiffuse/_core/schemas.py.
+// The torch binding of the selective scan on CUDA. Schemas stand in pydiffuse/_core/schemas.py.
 #include "../torch/scan_args.h"
 #include "../torch/scan_direct.h"
 #include "scan_call.cuh"

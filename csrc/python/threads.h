@@ -1,4 +1,4 @@
-// Threads for a door without torch: a pool that sleeps between calls.
+// Threads for a binding without torch: a pool that sleeps between calls.
 #pragma once
 
 #include <algorithm>

@@ -1,4 +1,4 @@
-// The torch door of adaptive layer norm on the CPU. Schemas stand in pydiffuse/_core/schemas.py.
+// The torch binding of adaptive layer norm on the CPU. Schemas stand in pydiffuse/_core/schemas.py.
 #include "../cpu/adaln_call.h"
 #include "direct.h"
 

@@ -1,4 +1,4 @@
-// The torch door of tile attention on the CPU. Schemas stand in pydiffuse/_core/schemas.py.
+// The torch binding of tile attention on the CPU. Schemas stand in pydiffuse/_core/schemas.py.
 #include <cstring>
 #include <vector>
 

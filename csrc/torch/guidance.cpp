@@ -1,4 +1,4 @@
-// The torch door of guidance on the CPU. Schemas stand in pydiffuse/_core/schemas.py.
+// The torch binding of guidance on the CPU. Schemas stand in pydiffuse/_core/schemas.py.
 #include "../cpu/guidance_call.h"
 #include "guidance_direct.h"
 

@@ -1,4 +1,4 @@
-// The torch door of patches on the CPU. Schemas stand in pydiffuse/_core/schemas.py.
+// The torch binding of patches on the CPU. Schemas stand in pydiffuse/_core/schemas.py.
 #include <algorithm>
 
 #include "../cpu/patch_call.h"

@@ -1,4 +1,4 @@
-// The torch door of token routing on the CPU. Schemas stand in pydiffuse/_core/schemas.py.
+// The torch binding of token routing on the CPU. Schemas stand in pydiffuse/_core/schemas.py.
 #include <algorithm>
 
 #include "../cpu/routing_call.h"

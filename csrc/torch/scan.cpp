@@ -1,4 +1,4 @@
-// The torch door of the selective scan on the CPU. Schemas stand in pydiffuse/_core/schemas.py.
+// The torch binding of the selective scan on the CPU. Schemas stand in pydiffuse/_core/schemas.py.
 #include "../cpu/scan_call.h"
 #include "scan_args.h"
 #include "scan_direct.h"

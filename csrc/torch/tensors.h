@@ -1,4 +1,4 @@
-// What every torch door needs: tensors as rows of samples, and threads, through the stable ABI.
+// What every torch binding needs: tensors as rows of samples, and threads, through the stable ABI.
 #pragma once
 
 #include <torch/csrc/stable/library.h>

@@ -106,7 +106,7 @@ RUNTIME = sorted(HERE.glob("*.cpp"))
 
 
 def library(sanitize: bool = False, name: str = "plain", edit: Edit = lambda _, text: text) -> Path:
-    """The kernels and their doors, as a shared library."""
+    """The kernels and their bindings, as a shared library."""
     folder = BUILD / ("sanitized" if sanitize else name)
     sources = [p for p in CUDA.iterdir() if p.suffix in (".cu", ".cuh", ".h") and p.name != "ptx.cuh"]
     translated = translate(sorted([*sources, HERE / "planted.cu"]), folder / "cuda", edit)
