@@ -1,4 +1,5 @@
-// The CPU kernels of adaptive layer norm, as the bindings call them: functions over a range of items.
+// The CPU kernels of adaptive layer norm, as the bindings call them: functions over a range of
+// items.
 #pragma once
 
 #include "../adaln.h"

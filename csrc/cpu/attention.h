@@ -1,4 +1,5 @@
-// The CPU kernels of tile attention, as the bindings call them: functions over a range of work items.
+// The CPU kernels of tile attention, as the bindings call them: functions over a range of work
+// items.
 //
 // Forward: an item is a block of queries of one head. Neighbouring items share a key head, whose
 // keys and values are packed at first need. Backward: an item is a part of the blocks of all heads

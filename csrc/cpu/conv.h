@@ -1,7 +1,7 @@
-// The CPU kernels of the causal convolution, as the bindings call them: functions over a range of work
-// items. An item is CONV_STEPS steps of CONV_ROW channels of one sample (forward), or CONV_BLOCK
-// channels of one sample (forward of tensors whose tokens are next to each other) or of one part of
-// the batch (backward).
+// The CPU kernels of the causal convolution, as the bindings call them: functions over a range of
+// work items. An item is CONV_STEPS steps of CONV_ROW channels of one sample (forward), or
+// CONV_BLOCK channels of one sample (forward of tensors whose tokens are next to each other) or of
+// one part of the batch (backward).
 #pragma once
 
 #include "../conv.h"

@@ -1,5 +1,5 @@
-// One guidance call on the CPU: Gram pass, coefficients, combination. Both bindings go through here;
-// each brings its own way to split a range over threads:
+// One guidance call on the CPU: Gram pass, coefficients, combination. Both bindings go through
+// here; each brings its own way to split a range over threads:
 //   parallel(end, grain, f) calls f(begin, end) over pieces of [0, end), `grain` or more at a time.
 #pragma once
 

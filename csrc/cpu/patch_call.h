@@ -1,6 +1,6 @@
-// One patch call on the CPU, in items. Both bindings may go through here; each brings its own way to
-// split a range over threads: parallel(end, grain, f) calls f(begin, end) over pieces of [0, end),
-// `grain` or more at a time.
+// One patch call on the CPU, in items. Both bindings may go through here; each brings its own way
+// to split a range over threads: parallel(end, grain, f) calls f(begin, end) over pieces of [0,
+// end), `grain` or more at a time.
 #pragma once
 
 #include <algorithm>

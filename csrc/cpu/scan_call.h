@@ -1,6 +1,6 @@
 // One call to the selective scan on the CPU: B and C as rows where they are not, the items over the
-// threads, partial gradients added in a fixed order. Both bindings go through here; `parallel` as in
-// guidance_call.h, here always with a grain of one item.
+// threads, partial gradients added in a fixed order. Both bindings go through here; `parallel` as
+// in guidance_call.h, here always with a grain of one item.
 #pragma once
 
 #include <algorithm>

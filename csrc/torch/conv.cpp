@@ -1,4 +1,5 @@
-// The torch binding of the causal convolution on the CPU. Schemas stand in pydiffuse/_core/schemas.py.
+// The torch binding of the causal convolution on the CPU. Schemas stand in
+// pydiffuse/_core/schemas.py.
 #include "../cpu/conv_call.h"
 #include "../cpu/steps.h"
 #include "conv_direct.h"
