@@ -70,7 +70,7 @@ def test_dual_loop_is_the_plain_loop():
 def test_look_ahead_is_the_plain_loop():
     net, seen = Net(), []
     x = samplers.look_ahead(
-        net, start(), P, steps=5, certain=4, factor=1.4, progress=lambda i, x, t: seen.append(t)
+        net, start(), P, steps=5, certain=4, factor=1.4, plain=-1, progress=lambda i, x, t: seen.append(t)
     )
     y, plain = start(torch.float64), Net()
     for i in range(5):
@@ -85,6 +85,72 @@ def test_look_ahead_is_the_plain_loop():
         assert (t == torch.tensor((i + 1) / 5, dtype=torch.float32).item()).all()
     for a, b in zip(net.levels, plain.levels, strict=True):
         torch.testing.assert_close(a.double(), b)
+
+
+@pytest.mark.parametrize("guided_jump", [False, True])
+def test_look_ahead_is_guided_as_published(guided_jump):
+    """The jump and the steps up to t = 0.05 see no guidance; the rest does."""
+
+    class Guided(Net):
+        def __call__(self, x, t):
+            pred, score, _ = super().__call__(x, t)
+            return Prediction(pred, score, uncond=0.5 * pred - 0.1 * x)
+
+    net = Guided()
+    x = samplers.look_ahead(net, start(), P, steps=25, certain=4, scale=3.0, guided_jump=guided_jump)
+    y, plain = start(torch.float64), Guided()
+    for i in range(25):
+        t, dt = torch.full((2, N), i / 25, dtype=torch.float64, device=DEVICE), 1 / 25
+        v, score, u = plain(y, t)
+        if i / 25 <= 0.05:
+            y = y + dt * v
+            continue
+        sure = top(score, 4)
+        jump = torch.where(sure, (1.4 * t).clamp(max=1), t)
+        guided = u + 3 * (v - u)
+        w, _, u = plain(y + field(jump - t) * (guided if guided_jump else v), jump)
+        y = y + dt * torch.where(field(sure) > 0, guided, u + 3 * (w - u))
+    assert relative_error(x, y) < 1e-5
+    assert net.calls == plain.calls == 2 + 2 * 23
+
+
+@pytest.mark.parametrize("path", ["linear", "vp", "trig"])
+@pytest.mark.parametrize("name", ["dual_loop", "look_ahead", "sparse_guidance", "diffusion_forcing"])
+def test_predictions_of_the_noise_have_a_start(name, path):
+    """At t = 0 they say nothing of the data: finite by default, refused where 0 is asked for."""
+    sampler = getattr(samplers, name)
+    more = {"path": path, "predicts": "eps"}
+    net = Net()
+    if name == "sparse_guidance":
+        more |= {"steps": 3, "keep": 4, "scale": 2.0}
+        net = lambda x, t, ids: torch.tanh(x)  # noqa: E731
+    elif name == "diffusion_forcing":
+        zero = torch.tensor([[0.0] * N, [0.5] * N, [1.0] * N])
+        with pytest.raises(ValueError, match="starts at 0"):
+            sampler(net, start(), P, schedule=zero, **more)
+        assert sampler(net, start(), P, schedule=zero.clamp(min=0.01), **more).isfinite().all()
+        return
+    else:
+        more |= {"steps": 3, "certain": 4}
+    assert sampler(net, start(), P, **more).isfinite().all()
+    with pytest.raises(ValueError, match="start is 0"):
+        sampler(net, start(), P, start=0.0, **more)
+
+
+def test_staggered_schedules():
+    """No row in which nothing moves; blocks together, frames that are ready, shifted levels."""
+    for lag in (0, 2, 3, 9):
+        rows = samplers.staggered(4, 3, lag)
+        assert (rows.diff(dim=0) > 0).any(1).all() and (rows[-1] == 1).all()
+    assert torch.equal(samplers.staggered(4, 3, 9), samplers.staggered(4, 3, 3))
+    blocks = samplers.staggered(5, 3, 2, block=2)
+    assert torch.equal(blocks[:, 0], blocks[:, 1]) and torch.equal(blocks[:, 2], blocks[:, 3])
+    assert torch.equal(blocks[:, ::2], samplers.staggered(3, 3, 2))
+    ready = samplers.staggered(5, 3, 2, ready=2)
+    assert (ready[:, :2] == 1).all() and torch.equal(ready[:, 2:], samplers.staggered(3, 3, 2))
+    assert (samplers.staggered(2, 3, 1, ready=2) == 1).all()
+    t = samplers.staggered(3, 4, 1).double()
+    torch.testing.assert_close(samplers.staggered(3, 4, 1, shift=3.0).double(), 3 * t / (1 + 2 * t))
 
 
 @pytest.mark.parametrize("steps", [1, 3, 7, 10, 49])
@@ -208,7 +274,8 @@ BAD = {
     "schedule": (
         lambda: samplers.diffusion_forcing(Net(), start(), P, schedule=torch.zeros(3, 5)), r"\(K, 12\)"
     ),
-    "staggered": (lambda: samplers.staggered(0, 3, 1), "frames 0"),
+    "staggered": (lambda: samplers.staggered(0, 3, 1), "frames is 0"),
+    "shift": (lambda: samplers.staggered(2, 3, 1, shift=0.0), "shift is 0"),
 }  # fmt: skip
 
 
