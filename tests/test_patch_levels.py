@@ -146,3 +146,42 @@ def test_levels_of_no_patches(backend):
             4,
         )
         assert pd.select_patches(torch.zeros(2, 0, device=DEVICE), 0, as_mask=True).shape == (2, 0)
+
+
+BAD_VALUES = [float("nan"), float("inf"), -0.5]
+
+
+@pytest.mark.skipif(GPU, reason="on a GPU values are not looked at: that would be a sync")
+@by_backend
+@pytest.mark.parametrize("value", [*BAD_VALUES, 1.5])
+def test_levels_that_are_none(backend, value):
+    """NaN, infinite, negative, beyond 1: refused wherever a level comes as a tensor."""
+    x, t = torch.randn(2, 3, 4, 4), torch.full((2, 4), 0.25)
+    bad = t.clone()
+    bad[1, 2] = value
+    calls = {
+        "t": lambda: pd.patch_step(x, x, bad, t, 2),
+        "t_next": lambda: pd.patch_step(x, x, t, bad, 2),
+        "history": lambda: pd.patch_step(x, x, t, t, 2, method="multistep", history=(x, bad)),
+        "noise": lambda: pd.noise_patches(x, bad, 2),
+        "convert": lambda: pd.convert(x, x, bad, "flow", "eps", 2),
+        "schedule": lambda: pd.next_t(t, "schedule", schedule=torch.stack([t, bad])),
+        "dual": lambda: pd.dual_loop_t(t, 1, bad, dt=0.1, steps=2),
+    }
+    if value != 1.5:  # a step may be longer
+        calls |= {
+            "dt": lambda: pd.next_t(t, dt=bad),
+            "dual dt": lambda: pd.dual_loop_t(t, 1, t, dt=bad, steps=2),
+        }
+    with pd.use_backend(backend):
+        for name, call in calls.items():
+            with pytest.raises(ValueError):
+                call()
+                pytest.fail(f"{name} took {value}")
+
+
+@pytest.mark.parametrize("name", ["loc", "scale", "std", "shift"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_draws_from_numbers_that_are_none(name, value):
+    with pytest.raises(ValueError, match=name):
+        pd.sample_t(2, 3, "ltg", **{name: value})

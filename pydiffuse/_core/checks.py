@@ -197,3 +197,9 @@ def check_shape(
         raise TypeError(f"{op}: {argument} is {describe(t)}; accepted: {accepted}{more}")
     if like is not None and t.device != like.device:
         raise ValueError(f"{op}: {argument} is on {t.device}; the input is on {like.device}")
+
+
+def values_hidden(t: Tensor) -> bool:
+    """Whether looking at t's values would be a sync, or is impossible."""
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return traced or t.device.type != "cpu"

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pydiffuse._core.checks import check_shape, describe
+from pydiffuse._core.checks import check_shape, describe, values_hidden
 
 NORMS = (None, "layer", "rms")  # as in csrc/adaln.h
 INTEGERS = (torch.int32, torch.int64)
@@ -63,8 +63,7 @@ def _check_rows(op: str, rows: Tensor, x: Tensor, K: int) -> None:
         )
     if rows.device != x.device:
         raise ValueError(f"{op}: rows is on {rows.device}; the input is on {x.device}")
-    hidden = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    if rows.device.type == "cpu" and rows.numel() and x.numel() and not hidden:
+    if rows.numel() and x.numel() and not values_hidden(rows):
         low, high = (int(v) for v in rows.aminmax())
         if low < 0 or high >= K:
             raise ValueError(

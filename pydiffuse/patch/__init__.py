@@ -15,6 +15,7 @@ GPU, the draw is that device's own. Paths, predictions and formulas stand in pyd
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal, overload
 
@@ -50,6 +51,7 @@ from pydiffuse.patch.arguments import (
     check_scales,
     check_score,
     check_table,
+    check_within,
     patches_of,
 )
 from pydiffuse.patch.autograd import Call, LossCall, PatchLoss, Tables
@@ -88,6 +90,9 @@ def sample_t(
     for name, value in (("batch", batch), ("patches", patches)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             raise ValueError(f"sample_t: {name} is {value!r}; accepted: an int, 0 or more")
+    for name, number in (("loc", loc), ("scale", scale), ("std", std), ("shift", shift)):
+        if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
+            raise ValueError(f"sample_t: {name} is {number!r}; accepted: a finite number")
     if not shift > 0 or not std >= 0:
         raise ValueError(f"sample_t: shift is {shift}, std {std}; accepted: shift > 0, std >= 0")
     if not -1 <= mode_scale <= 1.75:
@@ -247,6 +252,8 @@ def patch_step(
     now = check_level(op, "t", t, patches, x)
     goal = check_level(op, "t_next", t_next, patches, x)
     last = None if then is None else check_level(op, "history[1]", then, patches, x)
+    if last is not None:
+        check_within(op, "history[1]", last)
     moves = check_mask(op, mask, patches, x)
     if dispatch.forced_reference():
         if out is not None:
@@ -413,10 +420,12 @@ def next_t(
         raise ValueError(f"next_t: index is {index}; accepted: 0 to {steps - 1}, the parts of the step")
     if kind in ("uniform", "dual_loop"):
         check_dt(op, dt, patches)
-    if kind == "look_ahead" and not factor >= 1:
+    if kind == "look_ahead" and not 1 <= factor < math.inf:
         raise ValueError(f"next_t: factor is {factor}; accepted: 1 or more")
     if kind == "schedule":
         rows = len(schedule) if schedule is not None else 0
+        if schedule is not None:
+            check_within(op, "schedule", torch.as_tensor(schedule))
         if not 0 <= index < rows - 1:
             raise ValueError(
                 f"next_t: index is {index}; accepted: 0 to {rows - 2}, of a schedule with {rows} rows"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -9,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pydiffuse._core.checks import check_tensors, describe
+from pydiffuse._core.checks import check_tensors, describe, values_hidden
 from pydiffuse._core.dispatch import forced
 from pydiffuse._core.grids import PatchSize, count_patches, grid_of, patch_sizes
 
@@ -87,11 +88,13 @@ def check_level(op: str, argument: str, value: Scalar, patches: Patches, like: T
 
 def check_range(op: str, argument: str, value: Tensor) -> None:
     """For the backends whose kernels do not look."""
-    if forced() in (None, "cpu") or value.device.type != "cpu":
-        return
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return
-    if not bool(((value >= 0) & (value <= 1)).all()):
+    if forced() not in (None, "cpu"):
+        check_within(op, argument, value)
+
+
+def check_within(op: str, argument: str, value: Tensor) -> None:
+    """Levels that no kernel looks at; on a GPU, where looking would be a sync, they pass."""
+    if not values_hidden(value) and not bool(((value >= 0) & (value <= 1)).all()):
         raise ValueError(
             f"{op}: {argument} holds a value outside [0, 1] or NaN; accepted: 0 (noise) to 1 (data)"
         )
@@ -123,8 +126,12 @@ def check_dt(op: str, dt: Scalar | None, patches: Patches) -> Scalar:
     B, N = patches.batch, patches.total
     if isinstance(dt, Tensor):
         if dt.shape == () or dt.shape == (B,) or dt.shape == (B, N):
+            if not values_hidden(dt) and not bool(((dt >= 0) & dt.isfinite()).all()):
+                raise ValueError(
+                    f"{op}: dt holds a value that is negative or not finite; accepted: 0 or more"
+                )
             return dt
-    elif isinstance(dt, int | float) and not isinstance(dt, bool) and dt >= 0:
+    elif isinstance(dt, int | float) and not isinstance(dt, bool) and 0 <= dt < math.inf:
         return dt
     given = describe(dt) if isinstance(dt, Tensor) else repr(dt)
     raise ValueError(f"{op}: dt is {given}; accepted: a number >= 0, ({B},) or {(B, N)}")

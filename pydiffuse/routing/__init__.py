@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from pydiffuse._core import dispatch
-from pydiffuse._core.checks import check_no_grad, check_outs, describe
+from pydiffuse._core.checks import check_no_grad, check_outs, describe, values_hidden
 from pydiffuse._core.functions import differentiable, needs_function
 from pydiffuse.routing import reference
 from pydiffuse.routing.arguments import (
@@ -34,7 +34,6 @@ from pydiffuse.routing.arguments import (
     gate_of,
     group_sizes,
     is_integer,
-    values_hidden,
 )
 from pydiffuse.routing.autograd import Gather, Scatter, run_scatter
 

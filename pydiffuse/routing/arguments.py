@@ -8,19 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pydiffuse._core.checks import _overlap, check_shape, describe
+from pydiffuse._core.checks import _overlap, check_shape, describe, values_hidden
 
 INTEGERS = (torch.int32, torch.int64)
 
 
 def is_integer(value: Any) -> bool:
     return isinstance(value, int | torch.SymInt) and not isinstance(value, bool)
-
-
-def values_hidden(t: Tensor) -> bool:
-    """Whether looking at t's values would be a sync, or is impossible."""
-    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    return traced or t.device.type != "cpu"
 
 
 def check_tokens(
