@@ -145,7 +145,7 @@ def test_cuda_kernels_run_where_the_extension_has_code(monkeypatch, capability, 
     assert dispatch.ops_for("tcfg", OnGpu()) is expected
     if backend == "triton":
         with pytest.raises(RuntimeError, match="PYDIFFUSE_CUDA_ARCHS={}{}".format(*capability)):
-            dispatch.set_backend("cuda")
+            dispatch.check_backend("cuda")
 
 
 @pytest.mark.parametrize(
