@@ -110,7 +110,8 @@ class Launch {
            int64_t shared = 0) const {
     void* argument[] = {const_cast<Args*>(&args)};
     const dim3 grid(static_cast<unsigned>(std::min<int64_t>(blocks, INT_MAX)));
-    cuda_check(cudaLaunchKernel(kernel, grid, dim3(threads), argument, shared, stream_));
+    cudaLaunchKernel(kernel, grid, dim3(threads), argument, shared, stream_);
+    cuda_check(cudaGetLastError());
   }
   // False, with nothing launched, where this process may not use enough of the device at once.
   template <class Args>

@@ -24,8 +24,13 @@ STEPS = ("seeds", "sanitize", "mutants")
 
 
 def preloaded() -> str:
-    command = [os.environ.get("CXX", "g++"), "-print-file-name=libasan.so"]
-    return subprocess.run(command, check=True, text=True, capture_output=True).stdout.strip()
+    """AddressSanitizer, and beside it the library whose exceptions it intercepts."""
+
+    def path(library: str) -> str:
+        command = [os.environ.get("CXX", "g++"), f"-print-file-name={library}"]
+        return subprocess.run(command, check=True, text=True, capture_output=True).stdout.strip()
+
+    return f"{path('libasan.so')} {path('libstdc++.so.6')}"
 
 
 def runs(steps: list[str], seeds: int) -> dict[str, tuple[list[str], dict[str, str]]]:
