@@ -1,12 +1,13 @@
-"""Builds pydiffuse._C (the torch door) and pydiffuse._host (the NumPy door) with ninja.
+"""Builds pydiffuse._C (the torch binding) and pydiffuse._host (the NumPy binding) with ninja.
 
-PYDIFFUSE_CUDA=0|1|auto (default auto: where nvcc is found), PYDIFFUSE_CUDA_ARCHS (default
-"80;90a;100"), CXX, NVCC and MAX_JOBS are read from the environment.
+PYDIFFUSE_CUDA=0|1|auto (default auto: where nvcc is found and a GPU is seen), PYDIFFUSE_CUDA_ARCHS (default
+"80;90a;100"), CXX, CXXFLAGS, LDFLAGS, NVCC and MAX_JOBS are read from the environment.
 """
 
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -29,9 +30,9 @@ if X86:
     SIMD["avx512"] = "-mavx512f -mavx512dq -mavx512vl -mavx512bw " + SIMD["avx2"]
 EXTRA = {("attention_bf16", "avx512"): "-mavx512bf16"}  # asked for at run time, beside avx512
 TORCH = "-DTORCH_TARGET_VERSION=0x020b000000000000ULL " + " ".join(
-    f"-isystem {p}" for p in include_paths()
+    f"-isystem {shlex.quote(p)}" for p in include_paths()
 )
-PYTHON = f"-isystem {sysconfig.get_path('include')}"
+PYTHON = f"-isystem {shlex.quote(sysconfig.get_path('include'))}"
 NVCC = (
     "-std=c++20 -O3 --expt-relaxed-constexpr -Xcompiler -fPIC,-fvisibility=hidden"
     " -DUSE_CUDA -diag-suppress 20012"
@@ -46,38 +47,64 @@ def nvcc() -> str | None:
     return None if wanted == "0" else found
 
 
+def sees_gpu() -> bool:
+    tool = shutil.which("nvidia-smi")
+    return bool(tool) and subprocess.run([tool, "-L"], capture_output=True).returncode == 0
+
+
+def cuda_compiler() -> str | None:
+    """What the extension's CUDA kernels are built with; None where they are not wanted."""
+    return nvcc() if os.environ.get("PYDIFFUSE_CUDA") == "1" or sees_gpu() else None
+
+
 TEMP = ROOT / "build" / f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}-{torch.__version__}"
 
 
-def object_of(source: Path, tag: str = "") -> Path:
-    return TEMP / f"{source.relative_to(ROOT).as_posix().replace('/', '.')}{tag}.o"
+def object_of(source: Path, tag: str = "", temp: Path = TEMP) -> Path:
+    return temp / f"{source.relative_to(ROOT).as_posix().replace('/', '.')}{tag}.o"
+
+
+def escaped(path: object) -> str:
+    """A path as ninja reads it."""
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
 class NinjaBuild(build_ext):
     """Each source by its own flags, objects shared by both extensions, only what changed again."""
 
+    def initialize_options(self) -> None:
+        super().initialize_options()
+        self.build_temp = None
+
+    def finalize_options(self) -> None:
+        asked = self.build_temp
+        super().finalize_options()
+        self.temp = Path(asked).resolve() if asked else TEMP
+
     def build_extensions(self) -> None:
-        TEMP.mkdir(parents=True, exist_ok=True)
-        cuda = nvcc()
+        self.temp.mkdir(parents=True, exist_ok=True)
+        cuda = cuda_compiler()
         archs = os.environ.get("PYDIFFUSE_CUDA_ARCHS", "80;90a;100").split(";")
         built_for = f"""-DPYDIFFUSE_CUDA_ARCHS='"{";".join(archs) if cuda else ""}"'"""
         codes = " ".join(f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs)
+        more, linking = os.environ.get("CXXFLAGS", ""), os.environ.get("LDFLAGS", "")
         lines = [
             "rule cxx\n command = $cxx $flags -MMD -MF $out.d -c $in -o $out\n depfile = $out.d\n deps = gcc",
-            "rule link\n command = $cxx -shared -s $in -o $out $libs",
+            f"rule link\n command = $cxx -shared -s $in -o $out $libs {linking}",
             f"cxx = {os.environ.get('CXX', 'g++')}",
         ]
 
         def compiled(source: Path, flags: str, tag: str = "") -> str:
-            obj = object_of(source, tag)
-            compiler = f"\n cxx = {cuda}" if source.suffix == ".cu" else ""
-            lines.append(f"build {obj}: cxx {source}\n flags = {flags}{compiler}")
-            return str(obj)
+            obj = escaped(object_of(source, tag, self.temp))
+            flags = f"{flags} {more}" if source.suffix != ".cu" else flags
+            compiler = f"\n cxx = {shlex.quote(cuda)}" if cuda and source.suffix == ".cu" else ""
+            lines.append(f"build {obj}: cxx {escaped(source)}\n flags = {flags}{compiler}")
+            return obj
 
         def linked(name: str, objects: list[str], libs: str) -> None:
             path = Path(self.get_ext_fullpath(name)).resolve()
             path.parent.mkdir(parents=True, exist_ok=True)
-            lines.append(f"build {path}: link {' '.join(objects)}\n libs = {libs}")
+            lines.append(f"build {escaped(path)}: link {' '.join(objects)}\n libs = {libs}")
 
         kernels = [
             compiled(
@@ -89,24 +116,24 @@ class NinjaBuild(build_ext):
             for source in sorted((ROOT / "csrc/cpu").glob("*.cpp"))
             for isa, flags in SIMD.items()
         ]
-        door = [
+        bindings = [
             compiled(s, f"{CXX} {TORCH} {PYTHON} {built_for}")
             for s in sorted((ROOT / "csrc/torch").glob("*.cpp"))
         ]
-        libs = "-L" + " -L".join(library_paths()) + " -ltorch_cpu"
+        libs = " ".join(f"-L{shlex.quote(p)}" for p in library_paths()) + " -ltorch_cpu"
         if cuda:
             flags = f"{NVCC} {codes} {TORCH}"
-            door += [compiled(s, flags) for s in sorted((ROOT / "csrc/cuda").glob("*.cu"))]
+            bindings += [compiled(s, flags) for s in sorted((ROOT / "csrc/cuda").glob("*.cu"))]
             told = subprocess.run([cuda, "--dryrun", "-c", "x.cu"], capture_output=True, text=True).stderr
             found = re.search("LIBRARIES=(.*)", told)  # nvcc may be a script that stands elsewhere
             libs += f" {found[1] if found else ''} -lcudart_static -lrt -ldl -lpthread"
-        linked("pydiffuse._C", door + kernels, libs)
-        host = f"{CXX} {PYTHON} -isystem {pybind11.get_include()}"
+        linked("pydiffuse._C", bindings + kernels, libs)
+        host = f"{CXX} {PYTHON} -isystem {shlex.quote(pybind11.get_include())}"
         sources = sorted((ROOT / "csrc/python").glob("*.cpp"))
         linked("pydiffuse._host", [compiled(s, host) for s in sources] + kernels, "-lpthread")
-        (TEMP / "build.ninja").write_text("\n".join(lines) + "\n")
+        (self.temp / "build.ninja").write_text("\n".join(lines) + "\n")
         jobs = ["-j", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []
-        subprocess.run([Path(ninja.BIN_DIR) / "ninja", "-C", TEMP, *jobs], check=True, cwd=ROOT)
+        subprocess.run([Path(ninja.BIN_DIR) / "ninja", "-C", self.temp, *jobs], check=True, cwd=ROOT)
 
 
 if __name__ == "__main__":
