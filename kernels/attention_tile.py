@@ -72,8 +72,19 @@ class Tile(NamedTuple):
         }  # fmt: skip
 
 
+# Cards whose blocks have 99 kB of shared memory, where others have 163 or 227.
+SMALL = (86, 89, 120, 121)
+
+
 def tile_of(kernel: str, a: Arguments) -> Tile:
-    """By kernel, head_dim, dtype and GPU: the largest that needs no more registers than there are."""
+    """By kernel, head_dim, dtype and GPU."""
+    tile = largest_tile(kernel, a)
+    # Wide heads: one load under way, as two do not fit.
+    return tile._replace(stages=1) if capability(a.q) in SMALL and a.q.shape[3] > 128 else tile
+
+
+def largest_tile(kernel: str, a: Arguments) -> Tile:
+    """The largest that needs no more registers than there are."""
     D, masked, gpu = a.q.shape[3], a.masks is not None, capability(a.q)
     if a.q.dtype == torch.float32:
         return _float32_tile(kernel, D, gpu)
