@@ -158,6 +158,7 @@ def test_a_backend_belongs_to_its_thread_and_task():
         seen["within"] = dispatch.forced()
     seen["after"] = dispatch.forced()
     assert seen == {"other": "reference", "main": None, "within": "cpu", "after": None}
+    assert dispatch._traced is None  # what compiled graphs go by
 
     async def task(backend):
         with pd.use_backend(backend):

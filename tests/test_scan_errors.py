@@ -86,11 +86,6 @@ BAD = {  # what is wrong: (the call, the error, the words it must hold)
     ),
     "complex": (lambda: scan(None, None, A.to(torch.complex64)), TypeError, ["complex64", "reference"]),
     "device": (lambda: scan(None, delta.to("meta")), ValueError, ["delta", "meta"]),
-    "no kernel there": (
-        lambda: pd.selective_scan(*(t.to("meta") for t in (u, delta, A, B, C))),
-        NotImplementedError,
-        ["selective_scan", "meta"],
-    ),
     "conv x": (lambda: pd.causal_conv1d(u[0], w), ValueError, ["causal_conv1d", "x", "(6, 12)"]),
     "conv weight": (lambda: pd.causal_conv1d(u, w[:5]), ValueError, ["weight", "(5, 4)", "6"]),
     "conv width": (

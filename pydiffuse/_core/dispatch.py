@@ -155,13 +155,13 @@ def use_backend(backend: str | None) -> Iterator[None]:
     """
     global _traced
     check_backend(backend)
-    before, token = _traced, _asked.set(backend or "")
+    token = _asked.set(backend or "")
     _traced = backend
     try:
         yield
     finally:
         _asked.reset(token)
-        _traced = before
+        _traced = forced()  # of this thread: others may have come and gone
 
 
 def backends() -> dict[str, dict[str, str]]:
