@@ -6,10 +6,14 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt $(PIP_ARGS)
 SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -type f)
 
-.PHONY: demo test lint bench micro tables gpu-test gpu-bench gpu-compile cuda-emulate train clean
+.PHONY: demo demo-full test lint bench micro tables gpu-test gpu-bench gpu-compile cuda-emulate train clean
 
 demo: $(VENV)/demo
 	$(BIN)/python examples/digits/demo.py
+
+# Every sampler under every rule, what plain PyTorch and pydiffuse take: some minutes more.
+demo-full: $(VENV)/demo
+	$(BIN)/python examples/digits/demo.py --full
 
 test: $(VENV)/test lint
 	$(BIN)/python -m pytest --durations=5
