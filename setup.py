@@ -79,7 +79,8 @@ class NinjaBuild(build_ext):
         self.build_temp = None
 
     def finalize_options(self) -> None:
-        asked = self.build_temp
+        told = self.distribution.get_option_dict("build").get("build_temp", (None, None))
+        asked = self.build_temp or told[1]
         super().finalize_options()
         self.temp = Path(asked).resolve() if asked else TEMP
 
@@ -134,6 +135,8 @@ class NinjaBuild(build_ext):
         host = f"{CXX} {PYTHON} -isystem {shlex.quote(pybind11.get_include())}"
         sources = sorted((ROOT / "csrc/python").glob("*.cpp"))
         linked("pydiffuse._host", [compiled(s, host) for s in sources] + kernels, "-lpthread")
+        if not (link := ROOT / "pydiffuse/kernels").exists():  # a source distribution holds no links
+            link.symlink_to("../kernels")
         plan = self.temp / "build.ninja"
         plan.write_text("\n".join(lines) + "\n")
         jobs = ["-j", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []
