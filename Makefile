@@ -36,8 +36,8 @@ sanitize: $(VENV)/test
 	CXXFLAGS="-O1 -g1 -fno-omit-frame-pointer $(SANITIZE)" LDFLAGS="$(SANITIZE)" PYDIFFUSE_CUDA=0 \
 	  $(BIN)/python setup.py -q build --build-temp build/sanitized --build-lib build/sanitized/lib
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
-	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=. $(BIN)/pytest -p no:cacheprovider -o pythonpath=build/sanitized/lib \
-	  $(SANITIZED:%=tests/%.py) -k "cpu or numpy"
+	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=. $(BIN)/python -m pytest --capture=sys \
+	  -p no:cacheprovider -o pythonpath=build/sanitized/lib $(SANITIZED:%=tests/%.py) -k "cpu or numpy"
 
 sdist: $(VENV)/built
 	$(BIN)/python setup.py -q sdist
