@@ -6,10 +6,14 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt $(PIP_ARGS)
 SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -type f)
 
-.PHONY: demo test lint bench micro tables gpu-test gpu-bench gpu-compile cuda-emulate train clean
+.PHONY: demo demo-full test lint coverage sanitize sdist wheel bench micro tables gpu-test gpu-bench gpu-compile cuda-emulate train clean
 
 demo: $(VENV)/demo
 	$(BIN)/python examples/digits/demo.py
+
+# Every sampler under every rule, what plain PyTorch and pydiffuse take: some minutes more.
+demo-full: $(VENV)/demo
+	$(BIN)/python examples/digits/demo.py --full
 
 test: $(VENV)/test lint
 	$(BIN)/python -m pytest --durations=5
@@ -20,6 +24,30 @@ lint: $(VENV)/test
 	$(BIN)/clang-format --dry-run -Werror $$(find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache | tail -n +11
+
+# What the tests reach of the Python files; Triton's kernels are interpreted, C++ is not counted.
+coverage: $(VENV)/coverage
+	$(BIN)/python -m pytest --cov=pydiffuse --cov-report=term-missing:skip-covered
+
+# The CPU kernels' tests under AddressSanitizer and UBSan, by a build of their own.
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
+SANITIZED := test_guidance test_scan test_attention_cpu test_patch test_adaln test_routing test_numpy
+sanitize: $(VENV)/test
+	CXXFLAGS="-O1 -g1 -fno-omit-frame-pointer $(SANITIZE)" LDFLAGS="$(SANITIZE)" PYDIFFUSE_CUDA=0 \
+	  $(BIN)/python setup.py -q build --build-temp build/sanitized --build-lib build/sanitized/lib
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
+	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=. $(BIN)/python -m pytest --capture=sys \
+	  -p no:cacheprovider -o pythonpath=build/sanitized/lib $(SANITIZED:%=tests/%.py) -k "cpu or numpy"
+
+sdist: $(VENV)/built
+	$(BIN)/python setup.py -q sdist
+
+# For this machine's Python, with CUDA where setup.py builds it; repaired for older Linux where that can be done.
+wheel: $(VENV)/package
+	rm -rf build/lib.* build/bdist.* dist/*.whl
+	$(BIN)/python -m pip --disable-pip-version-check wheel -q --no-deps --no-build-isolation -w dist .
+	PATH="$$PWD/$(BIN):$$PATH" $(BIN)/auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' -w dist/repaired dist/*.whl \
+	  || echo "not repaired: dist/ holds a wheel for Linux like this one"
 
 bench: $(VENV)/bench
 	$(BIN)/python -m benchmarks
@@ -67,6 +95,10 @@ $(VENV)/demo: $(VENV)/built
 
 $(VENV)/test: $(VENV)/built $(VENV)/triton-3.6.0
 	$(PIP) --no-build-isolation -e '.[test,lint]'
+	@touch $@
+
+$(VENV)/coverage $(VENV)/package: $(VENV)/%: $(VENV)/test
+	$(PIP) --no-build-isolation -e '.[$*]'
 	@touch $@
 
 # A Triton beside the environment's own, for what compiles the kernels under several.

@@ -1,7 +1,8 @@
 """Builds pydiffuse._C (the torch binding) and pydiffuse._host (the NumPy binding) with ninja.
 
-PYDIFFUSE_CUDA=0|1|auto (default auto: where nvcc is found and a GPU is seen), PYDIFFUSE_CUDA_ARCHS (default
-"80;90a;100"), CXX, CXXFLAGS, LDFLAGS, NVCC and MAX_JOBS are read from the environment.
+PYDIFFUSE_CUDA=0|1|auto (default auto: where nvcc is found and nvidia-smi lists a GPU), PYDIFFUSE_CUDA_ARCHS
+(default "80;90a;100"), CXX, CXXFLAGS, LDFLAGS (default -s), NVCC and MAX_JOBS are read from the environment.
+Commands name files from the root of the repository: a copy of it with its build folder is up to date.
 """
 
 import os
@@ -49,7 +50,7 @@ def nvcc() -> str | None:
 
 def sees_gpu() -> bool:
     tool = shutil.which("nvidia-smi")
-    return bool(tool) and subprocess.run([tool, "-L"], capture_output=True).returncode == 0
+    return bool(tool) and b"GPU 0" in subprocess.run([tool, "-L"], capture_output=True).stdout
 
 
 def cuda_compiler() -> str | None:
@@ -64,8 +65,9 @@ def object_of(source: Path, tag: str = "", temp: Path = TEMP) -> Path:
     return temp / f"{source.relative_to(ROOT).as_posix().replace('/', '.')}{tag}.o"
 
 
-def escaped(path: object) -> str:
-    """A path as ninja reads it."""
+def escaped(path: Path) -> str:
+    """A path as ninja reads it, from the root where it is within."""
+    path = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
@@ -77,7 +79,8 @@ class NinjaBuild(build_ext):
         self.build_temp = None
 
     def finalize_options(self) -> None:
-        asked = self.build_temp
+        told = self.distribution.get_option_dict("build").get("build_temp", (None, None))
+        asked = self.build_temp or told[1]
         super().finalize_options()
         self.temp = Path(asked).resolve() if asked else TEMP
 
@@ -87,10 +90,11 @@ class NinjaBuild(build_ext):
         archs = os.environ.get("PYDIFFUSE_CUDA_ARCHS", "80;90a;100").split(";")
         built_for = f"""-DPYDIFFUSE_CUDA_ARCHS='"{";".join(archs) if cuda else ""}"'"""
         codes = " ".join(f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs)
-        more, linking = os.environ.get("CXXFLAGS", ""), os.environ.get("LDFLAGS", "")
+        more, linking = os.environ.get("CXXFLAGS", ""), os.environ.get("LDFLAGS", "-s")
         lines = [
+            f"builddir = {escaped(self.temp)}",
             "rule cxx\n command = $cxx $flags -MMD -MF $out.d -c $in -o $out\n depfile = $out.d\n deps = gcc",
-            f"rule link\n command = $cxx -shared -s $in -o $out $libs {linking}",
+            f"rule link\n command = $cxx -shared $in -o $out $libs {linking}",
             f"cxx = {os.environ.get('CXX', 'g++')}",
         ]
 
@@ -117,7 +121,7 @@ class NinjaBuild(build_ext):
             for isa, flags in SIMD.items()
         ]
         bindings = [
-            compiled(s, f"{CXX} {TORCH} {PYTHON} {built_for}")
+            compiled(s, f"{CXX} {TORCH} {PYTHON} {built_for if s.stem == 'module' else ''}")
             for s in sorted((ROOT / "csrc/torch").glob("*.cpp"))
         ]
         libs = " ".join(f"-L{shlex.quote(p)}" for p in library_paths()) + " -ltorch_cpu"
@@ -131,9 +135,12 @@ class NinjaBuild(build_ext):
         host = f"{CXX} {PYTHON} -isystem {shlex.quote(pybind11.get_include())}"
         sources = sorted((ROOT / "csrc/python").glob("*.cpp"))
         linked("pydiffuse._host", [compiled(s, host) for s in sources] + kernels, "-lpthread")
-        (self.temp / "build.ninja").write_text("\n".join(lines) + "\n")
+        if not (link := ROOT / "pydiffuse/kernels").exists():  # a source distribution holds no links
+            link.symlink_to("../kernels")
+        plan = self.temp / "build.ninja"
+        plan.write_text("\n".join(lines) + "\n")
         jobs = ["-j", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []
-        subprocess.run([Path(ninja.BIN_DIR) / "ninja", "-C", self.temp, *jobs], check=True, cwd=ROOT)
+        subprocess.run([Path(ninja.BIN_DIR) / "ninja", "-f", plan, *jobs], check=True, cwd=ROOT)
 
 
 if __name__ == "__main__":

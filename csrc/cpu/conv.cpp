@@ -119,9 +119,9 @@ struct Piece {
 };
 
 // A step's sums over its rows, float32, for all channels of a piece. taps: at its first channel.
-template <int W, class Out>
+template <int W, class E>
 inline void convolve_row(const ConvArgs& a, const Piece& piece, const float* taps,
-                         const float* const* rows, typename Out::Bits* out) {
+                         const float* const* rows, typename E::Bits* out) {
   const auto sum = [&](int64_t c, int lanes) {
     vfloat y = load<vfloat>(taps + W * a.tap_stride + c);
     for (int w = 0; w < W; ++w)
@@ -129,9 +129,9 @@ inline void convolve_row(const ConvArgs& a, const Piece& piece, const float* tap
     return a.call.silu ? y * vsigmoid(y) : y;
   };
   int64_t c = 0;
-  for (; c + WIDTH <= piece.channels; c += WIDTH) Out::write(out + c, sum(c, WIDTH), piece.stream);
+  for (; c + WIDTH <= piece.channels; c += WIDTH) E::write(out + c, sum(c, WIDTH), piece.stream);
   const int rest = static_cast<int>(piece.channels - c);
-  if (rest) write_lanes<Out>(out + c, sum(c, rest), rest);
+  if (rest) write_lanes<E>(out + c, sum(c, rest), rest);
 }
 
 // Asks for the row of a step to come.
@@ -140,25 +140,25 @@ inline void fetch(const char* row, int64_t bytes) {
 }
 
 // wide: [W][CONV_ROW], the last rows in float32 where they are not.
-template <int W, class In, class Out>
+template <int W, class E>
 void convolve_steps(const ConvArgs& a, const Piece& piece, const float* zeros, float* wide) {
   const ConvCall& call = a.call;
   const auto token = [&](int64_t l) { return call.order ? call.order[l] : l; };
   const auto row = [&](int64_t l) { return piece.x + token(l) * piece.x_stride; };
   const auto widened = [&](int64_t l) { return wide + l % W * CONV_ROW; };
   const auto widen_row = [&](int64_t l) {
-    const auto* from = reinterpret_cast<const typename In::Bits*>(row(l));
+    const auto* from = reinterpret_cast<const typename E::Bits*>(row(l));
     for (int c = 0; c < piece.channels; c += WIDTH)
-      store(widened(l) + c, read_lanes<In>(from + c, std::min(WIDTH, piece.channels - c)));
+      store(widened(l) + c, read_lanes<E>(from + c, std::min(WIDTH, piece.channels - c)));
   };
-  constexpr bool WIDEN = !std::is_same_v<In, F32>;
+  constexpr bool WIDEN = !std::is_same_v<E, F32>;
   if (WIDEN)
     for (int64_t l = std::max<int64_t>(0, piece.begin - W + 1); l < piece.begin; ++l) widen_row(l);
   const int32_t* next = call.offsets;  // the first sequence that starts after a step
   int64_t start = 0;                   // of the step's sequence
   for (int64_t l = piece.begin; l < piece.end; ++l) {
     while (next && next <= call.offsets + call.sequences && *next <= l) start = *next++;
-    fetch(row(std::min(l + AHEAD, call.length - 1)), piece.channels * sizeof(typename In::Bits));
+    fetch(row(std::min(l + AHEAD, call.length - 1)), piece.channels * sizeof(typename E::Bits));
     if (WIDEN) widen_row(l);
     const float* rows[W];  // of the steps l - W + 1 .. l
     for (int w = 0; w < W; ++w) {
@@ -168,50 +168,48 @@ void convolve_steps(const ConvArgs& a, const Piece& piece, const float* zeros, f
       else
         rows[w] = WIDEN ? widened(from) : reinterpret_cast<const float*>(row(from));
     }
-    auto* out = reinterpret_cast<typename Out::Bits*>(piece.out + token(l) * piece.out_stride);
-    convolve_row<W, Out>(a, piece, a.taps + piece.channel, rows, out);
+    auto* out = reinterpret_cast<typename E::Bits*>(piece.out + token(l) * piece.out_stride);
+    convolve_row<W, E>(a, piece, a.taps + piece.channel, rows, out);
   }
 }
 
-// f(width, element of x, of out), known when compiling.
+// f(width, element of x and out), known when compiling.
 template <class F>
 inline void with_types(const ConvCall& call, const F& f) {
   with_width(call.width, [&](auto width) {
-    with_element(call.x.dtype, [&](auto from) {
-      with_element(call.out.dtype, [&](auto to) { f(width, from, to); });
-    });
+    with_element(call.x.dtype, [&](auto element) { f(width, element); });
   });
 }
 
 // Tokens [begin, end), a sequence, of one channel, next to each other: here lanes are tokens.
-template <int W, class In, class Out>
-void convolve_tokens(const vfloat* taps, bool silu, const typename In::Bits* x,
-                     typename Out::Bits* out, int64_t begin, int64_t end) {
+template <int W, class E>
+void convolve_tokens(const vfloat* taps, bool silu, const typename E::Bits* x,
+                     typename E::Bits* out, int64_t begin, int64_t end) {
   for (int64_t l = begin; l < end; l += WIDTH) {
     const int lanes = static_cast<int>(std::min<int64_t>(WIDTH, end - l));
     vfloat y = taps[W];
     if (l - W + 1 >= begin && lanes == WIDTH) {
-      for (int w = 0; w < W; ++w) y += taps[w] * In::read(x + l - W + 1 + w);
+      for (int w = 0; w < W; ++w) y += taps[w] * E::read(x + l - W + 1 + w);
     } else {
       float part[W - 1 + WIDTH] = {};  // zeros before the sequence and after it
       for (int i = 0; i < W - 1 + lanes; ++i)
-        if (l - W + 1 + i >= begin) part[i] = In::read_one(x + l - W + 1 + i);
+        if (l - W + 1 + i >= begin) part[i] = E::read_one(x + l - W + 1 + i);
       for (int w = 0; w < W; ++w) y += taps[w] * load<vfloat>(part + w);
     }
-    write_lanes<Out>(out + l, silu ? y * vsigmoid(y) : y, lanes);
+    write_lanes<E>(out + l, silu ? y * vsigmoid(y) : y, lanes);
   }
 }
 
-template <int W, class In, class Out>
+template <int W, class E>
 void convolve_channel(const ConvArgs& a, int64_t b, int64_t channel) {
   const ConvCall& call = a.call;
   vfloat taps[W + 1];
   for (int w = 0; w <= W; ++w) taps[w] = splat(a.taps[w * a.tap_stride + channel]);
-  const auto* x = reinterpret_cast<const typename In::Bits*>(address(call.x, b, 0, channel));
-  auto* out = reinterpret_cast<typename Out::Bits*>(address(call.out, b, 0, channel));
+  const auto* x = reinterpret_cast<const typename E::Bits*>(address(call.x, b, 0, channel));
+  auto* out = reinterpret_cast<typename E::Bits*>(address(call.out, b, 0, channel));
   for (int q = 0; q < call.sequences; ++q)
-    convolve_tokens<W, In, Out>(taps, call.silu, x, out, call.offsets ? call.offsets[q] : 0,
-                                call.offsets ? call.offsets[q + 1] : call.length);
+    convolve_tokens<W, E>(taps, call.silu, x, out, call.offsets ? call.offsets[q] : 0,
+                          call.offsets ? call.offsets[q + 1] : call.length);
 }
 
 // Rows where they lie. Items: [batch, chunks, blocks].
@@ -231,21 +229,21 @@ void forward_rows(const ConvArgs& a, int64_t item, const Scratch& m) {
               false};
   const auto odd = reinterpret_cast<uintptr_t>(piece.out) | piece.out_stride;
   piece.stream = a.stream && odd % (WIDTH * out) == 0;
-  with_types(call, [&](auto width, auto from, auto to) {
-    convolve_steps<width, decltype(from), decltype(to)>(a, piece, m.zeros, m.wide);
+  with_types(call, [&](auto width, auto element) {
+    convolve_steps<width, decltype(element)>(a, piece, m.zeros, m.wide);
   });
 }
 
-// Tokens next to each other in x and out: where they lie if in their order, else as rows of staged
-// copies, a vector of channels at a time. Items: [blocks, batch].
+// Tokens next to each other in x and out: where they lie if in their order and of one element, else
+// as rows of staged copies, a vector of channels at a time. Items: [blocks, batch].
 void forward_staged(const ConvArgs& a, int64_t item, Scratch& m) {
   const ConvCall& call = a.call;
   const int64_t b = item % call.batch;
   const Block block(item / call.batch, a.blocks(), call.channels, CONV_BLOCK);
-  if (!call.order && call.x.token == 1 && call.out.token == 1)
-    return with_types(call, [&](auto width, auto from, auto to) {
+  if (!call.order && call.x.token == 1 && call.out.token == 1 && call.x.dtype == call.out.dtype)
+    return with_types(call, [&](auto width, auto element) {
       for (int i = 0; i < block.channels; ++i)
-        convolve_channel<width, decltype(from), decltype(to)>(a, b, block.channel + i);
+        convolve_channel<width, decltype(element)>(a, b, block.channel + i);
     });
   for (int i = 0; i < block.subs; ++i) {
     const int64_t channel = block.channel + i * WIDTH;

@@ -14,7 +14,7 @@ constexpr int CONV_PARTS = 8;                   // of the batch, in the backward
 
 struct ConvArgs {
   ConvCall call;
-  bool staged;  // x or out has its tokens next to each other
+  bool staged;  // x or out has its tokens next to each other, or they differ in their elements
   bool stream;  // the output goes past the caches
   // The weights and the bias of all channels, a row for each tap: [width + 1][tap_stride].
   const float* taps;

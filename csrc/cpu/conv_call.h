@@ -23,7 +23,8 @@ void causal_conv1d(const ConvCall& call, const Parallel& parallel) {
     taps.data()[call.width * stride + channel] = call.bias ? call.bias[channel] : 0.0f;
   }
   const int64_t bytes = call.batch * call.length * call.channels * bytes_of(call.out.dtype);
-  const ConvArgs a{call, call.x.channel != 1 || call.out.channel != 1, bytes >= STREAM_BYTES,
+  const bool in_rows = call.x.channel == 1 && call.out.channel == 1;
+  const ConvArgs a{call, !in_rows || call.x.dtype != call.out.dtype, bytes >= STREAM_BYTES,
                    taps.data(), stride};
   const int64_t chunks = a.staged ? 1 : a.chunks();
   parallel(call.batch * chunks * a.blocks(), 1, [&](int64_t begin, int64_t end) {

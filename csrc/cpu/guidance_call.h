@@ -63,6 +63,7 @@ void gram(int k, bool sums, int64_t batch, int64_t n, const Rows* p, double* pac
 
 // Whether two tensors share memory, taken as the stretches from their first to their last element.
 inline bool overlap(const Rows& x, const Rows& y, int64_t batch, int64_t n) {
+  if (batch * n == 0) return false;
   auto end = [&](const Rows& r) {
     const int64_t size = r.dtype == DType::f32 ? 4 : 2;
     return static_cast<const char*>(r.data) + ((batch - 1) * r.stride + n) * size;

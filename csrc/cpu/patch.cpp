@@ -193,10 +193,26 @@ inline float fused(float a, float b, float y) {
 #endif
 }
 
+// Columns [i, n) of some rows, `pitch` apart, of one output: what is left after whole vectors.
+template <class E, int M>
+__attribute__((noinline)) void last_columns(const typename E::Bits* const* t, const float* by,
+                                            const int32_t* stays, const typename E::Bits* old,
+                                            bool moves, typename E::Bits* dst, int64_t i, int64_t n,
+                                            int rows, int64_t pitch) {
+  for (; i < n; ++i)
+    for (int64_t at = i, r = 0; r < rows; ++r, at += pitch) {
+      float y = -0.0f;
+      for (int m = 0; m < M; ++m) y = fused(by[m * TILE + i], E::read_one(t[m] + at), y);
+      if (stays && stays[i]) y = E::read_one(old + (moves ? at : 0));
+      E::write_one(dst + at, y);
+    }
+}
+
 // J outputs of the same M terms, computed together: each term is read once for all of them.
 template <class E, int M, int J, bool STAYS>
 struct Sweep {
   using Bits = typename E::Bits;
+  static constexpr bool RARE = M == 0 || M == TERMS;  // a gradient that is zero, or by no rule
   const Bits *term[M + 1] = {}, *kept[J];
   bool moves[J];  // kept goes along the rows
   const float* c[J];
@@ -250,14 +266,10 @@ struct Sweep {
     if (past_cache)
       for (; i + WIDTH <= n; i += WIDTH) vectors(i, true);
     for (; i + WIDTH <= n; i += WIDTH) vectors(i, false);
-    for (; i < n; ++i)
-      for (int64_t at = i, r = 0; r < R; ++r, at += pitch)
-        for (int j = 0; j < J; ++j) {
-          float y = -0.0f;
-          for (int m = 0; m < M; ++m) y = fused(by[j][m * TILE + i], E::read_one(t[m] + at), y);
-          if (STAYS && stays[to + i]) y = E::read_one(old[j] + (moves[j] ? at : 0));
-          E::write_one(dst[j] + at, y);
-        }
+    if (i == n) return;
+    for (int j = 0; j < J; ++j)
+      last_columns<E, M>(t, by[j], STAYS ? stays + to : nullptr, old[j], moves[j], dst[j], i, n, R,
+                         pitch);
   }
 };
 
@@ -312,9 +324,10 @@ void rows_in_place(const MixPatchesArgs& a, const Strip& s) {
     const int64_t pitch = a.grid.size[2], high = a.grid.patch[1];
     for_bands(a.grid, s.z, s.y, s.rows, s.n, [&](int64_t row, int64_t to) {
       int64_t i = 0;
-      for (; i + 2 <= high; i += 2)
-        sweep.template rows<2>(row + i * pitch, to, s.n, pitch, a.stream);
-      if (i < high) sweep.template rows<1>(row + i * pitch, to, s.n, pitch, a.stream);
+      if constexpr (!std::decay_t<decltype(sweep)>::RARE)
+        for (; i + 2 <= high; i += 2)
+          sweep.template rows<2>(row + i * pitch, to, s.n, pitch, a.stream);
+      for (; i < high; ++i) sweep.template rows<1>(row + i * pitch, to, s.n, pitch, a.stream);
     });
   };
   for (int j = 0; j < a.outs; ++j) {

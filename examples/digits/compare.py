@@ -81,7 +81,7 @@ def samples(net: ZigzagTransformer, scale: float, seed: int) -> dict[str, Tensor
 
 def checks(net: ZigzagTransformer, learner: ZigzagTransformer, scale: float, seed: int) -> list[Check]:
     images, steps = {}, {}
-    for backend in BACKENDS:
+    for backend in tqdm(BACKENDS, desc="plain PyTorch and pydiffuse"):
         with pydiffuse.use_backend(backend):
             images[backend] = samples(net, scale, seed)
             steps[backend] = training_step(learner, seed)
@@ -125,20 +125,21 @@ def share_in_ops(call: Callable[[], object]) -> float:
     return ops / sum(e.self_cpu_time_total for e in events)
 
 
-def compare(net: ZigzagTransformer, scale: float, seed: int) -> bool:
-    """Print what the two ways give and cost; whether they agree."""
+def compare(net: ZigzagTransformer, scale: float, seed: int, with_costs: bool) -> bool:
+    """Print what the two ways give and, if asked, cost; whether they agree."""
     learner = load_model().requires_grad_()
-    with tqdm(total=1 + len(BACKENDS), desc="both ways") as bar:
-        found = checks(net, learner, scale, seed)
-        bar.update()
-        spent = {}
-        for backend in BACKENDS:
-            spent[backend] = costs(net, learner, backend)
-            bar.update()
+    found = checks(net, learner, scale, seed)
     print("\nThe same through the references, in plain PyTorch, and through the compiled ops")
     print(f"{'':48}{'difference':>12}{'tolerance':>11}")
     for what, difference in found:
         print(f"{what:48}{difference:12.1e}{TOLERANCE:11.0e}")
+    if with_costs:
+        print_costs(net, learner)
+    return all(difference <= TOLERANCE for _, difference in found)  # False for nan as well
+
+
+def print_costs(net: ZigzagTransformer, learner: ZigzagTransformer) -> None:
+    spent = {backend: costs(net, learner, backend) for backend in tqdm(BACKENDS, desc="times and memory")}
     print(f"\n{f'{BATCH} digits, {torch.get_num_threads()} threads':32}", end="")
     print("".join(f"{title:>20}" for title in BACKENDS.values()) + f"{'of it in its ops':>20}")
     plain, ours = spent["reference"], spent["cpu"]
@@ -148,7 +149,6 @@ def compare(net: ZigzagTransformer, scale: float, seed: int) -> bool:
         )
         print(f"{'  memory':32}{plain.peak[i]:17.0f} MB{ours.peak[i]:17.0f} MB")
     print("Most of the rest are matrix products, which both leave to torch.")
-    return all(difference <= TOLERANCE for _, difference in found)  # False for nan as well
 
 
 def print_peaks(backend: str) -> None:

@@ -69,8 +69,9 @@ def dual(model: Model, noise: Tensor, evaluations: int) -> Tensor:
 
 
 def ahead(model: Model, noise: Tensor, evaluations: int) -> Tensor:
-    """The surer half jumps ahead, for the others to look at."""
-    return look_ahead(model, noise, PATCH, steps=evaluations // 2, certain=tokens(noise) // 2)
+    """The surer half jumps ahead, for the others to look at; in every step, so that each has two evaluations."""
+    half = tokens(noise) // 2
+    return look_ahead(model, noise, PATCH, steps=evaluations // 2, certain=half, plain=-1)
 
 
 SAMPLERS: dict[str, Sampler] = {"uniform": uniform, "dual loop": dual, "look-ahead": ahead}
