@@ -10,7 +10,7 @@ import numpy as np
 
 from pydiffuse._core.checks import describe
 from pydiffuse.plans.arguments import check_eager
-from pydiffuse.plans.plan import TilePlan, form, make_plan
+from pydiffuse.plans.plan import TilePlan, form, given_plan, make_plan
 from pydiffuse.plans.rows import FULL, Entries, entries_of, recut, tiles_of
 
 
@@ -79,6 +79,21 @@ def _union(plans: tuple[TilePlan, ...]) -> TilePlan:
     rows = tiles_of(kept, heads, len(q_bounds) - 1)
     order = order_of("union", plans)
     return make_plan("union", [("plans", plans)], np.diff(q_bounds), np.diff(k_bounds), rows, order)
+
+
+def without_keys(plan: TilePlan, keys: np.ndarray) -> TilePlan:
+    """The plan less the keys that are False in `keys`, bool [k_length], over tokens."""
+    order = plan.places()
+    kept = keys if order is None else keys[order]
+    cuts = np.flatnonzero(np.diff(kept)) + 1
+    k_bounds = np.union1d(plan.k_bounds, cuts)
+    entries = entries_over(plan, plan.q_bounds, k_bounds)
+    stays = kept[k_bounds[entries.tile_k]]
+    head, tile_q, tile_k, masks = (part[stays] for part in entries[:4])
+    rows = tiles_of(
+        Entries(head, tile_q, tile_k, masks, entries.bits), plan.heads, len(plan.q_bounds) - 1
+    )
+    return given_plan("without_keys", np.diff(plan.q_bounds), np.diff(k_bounds), rows, order)
 
 
 def common_tiles(plans: Sequence[TilePlan]) -> tuple[np.ndarray, np.ndarray, list[Entries]]:
