@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import json
 import pickle
 import time
 import tracemalloc
+import zlib
 
 import numpy as np
 import pytest
@@ -126,6 +128,16 @@ def test_files_that_do_not_fit(tmp_path):
     refused(["closed form", "'mine' of x"], lambda c: c["plan"].update(name="mine", parameters={"x": 1}))
     refused(["'from_mask' of no parameters"], lambda c: c["plan"].update(parameters={}))
     refused(["holds no plan"], arrays(heads=2**70))
+    for shape in ([2**40, 4], [4, 2**40], [2**70, 1], [-1, -8], [0, 4], [1.0, 4], [True, 4], ["4", 4], [4]):
+        refused(["holds no plan"], arrays(shapes=[shape, *map(list, (b.shape for b in given.rows.bits[1:]))]))
+    for name in (None, 3, 2.5, True, ["from_mask"], {}):
+        refused(["its name is"], lambda c, name=name: c["plan"].update(name=name))
+    bomb = base64.b64encode(zlib.compress(bytes(2**25), 9)).decode()
+    for array in ("starts", "tiles", "masks", "bits"):
+        change = arrays(**{array: bomb})
+        _, peak = peak_bytes(lambda change=change: refused(["more than"], change))
+        assert peak < 2**22
+    refused(["ends early"], arrays(tiles=base64.b64encode(zlib.compress(bytes(64))[:-6]).decode()))
     deep = "[" * 100_000
     refused(["not JSON"], text=deep)
     turned = "{" + '"transposed": {' * 900 + "}" * 901
