@@ -196,7 +196,7 @@ def _check(given: Arrays) -> None:
             b[0] == 0 and (np.diff(b) > 0).all() for b in (q_bounds, k_bounds)
         ),
         "rows follow each other": flat[0] == 0 and (np.diff(flat) >= 0).all() and ends.all(),
-        "rows hold all tiles": flat[-1] == len(tiles) == len(masks) > 0,
+        "rows hold all tiles": flat[-1] == len(tiles) == len(masks),
         "tiles are tiles of keys": ((tiles >= 0) & (tiles < len(k_bounds) - 1)).all(),
         "masks are masks": ((masks >= FULL) & (masks < len(bits))).all(),
         "the order is a permutation": order is None
