@@ -126,6 +126,57 @@ class Layer(nn.Module):
         return x + dispatch_attention_fn(q, k, v).flatten(-2)
 
 
+class Product(nn.Module):
+    """Between a layer and the dispatcher, as some models wrap it."""
+
+    def forward(self, query, key, value):
+        return dispatch_attention_fn(query, key, value)
+
+
+class Both(Layer):
+    """Self-attention and then cross-attention in one module, through another one."""
+
+    def __init__(self):
+        super().__init__()
+        self.product = Product()
+
+    def forward(self, x, text):
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 8)).unbind(-3)
+        x = x + self.product(q, k, v).flatten(-2)
+        _, k, v = self.qkv(text).unflatten(-1, (3, 2, 8)).unbind(-3)
+        return x, self.product(q, k, v)
+
+
+def test_where_keys_come_from():
+    torch.manual_seed(0)
+    layer, both, x = Layer(), Both(), torch.randn(1, S, 16)
+    context, text = torch.randn(1, S, 16), torch.randn(1, 9, 16)
+    plan = GIVEN[0]
+    crossed, own = layer(x, context), both(x, text)
+    with attention_plan(plan):
+        assert torch.equal(layer(x, context), crossed) and torch.equal(layer(x, context=context), crossed)
+        assert not torch.allclose(layer(x), crossed)
+        found = both(x, text)
+        assert torch.equal(found[1], own[1]) and not torch.allclose(found[0], own[0])
+        layer.register_forward_pre_hook(lambda *_: None)
+        assert torch.equal(layer(x, context), crossed)
+
+
+def test_a_model_beside_the_layers():
+    """Another model with attention that no plan is for takes no numbers."""
+    tiny, other = made("sd3"), made("dit")
+    given = several(tiny)
+    with torch.no_grad():
+        with attention_plan(given):
+            expected = tiny()
+        with attention_plan(given):
+            plain = other()
+            assert torch.equal(tiny(), expected)
+            other()
+            assert torch.equal(tiny(), expected)
+        assert torch.equal(other(), plain)
+
+
 class Stack(nn.Module):
     """Layers that can stop, skip and be recomputed."""
 

@@ -58,7 +58,7 @@ class _Context:
     def plan_of(self, attention: Attention, queries: int, keys: int, dispatched: bool) -> TilePlan | None:
         """None for what no plan is for: cross-attention, and what stands beside the transformer's layers."""
         layer = attention.layer
-        cross = attention.is_cross(queries)
+        cross = attention.is_cross(queries, keys)
         if cross or not any((p.q_length, p.k_length) == (queries, keys) for p in self.plans):
             if not cross and queries == keys and (dispatched or layer in self.served):
                 given = self.plans[0] if len(self.plans) == 1 else f"one of {self.plans}"

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 CALL = nn.Module._call_impl.__code__
 SOURCES = re.compile(r"encoder_(hidden|x)|context|memory|^(key|kv|source|cond|conditions?)(_|$)")
 """Names of the argument that keys and values are made from where it is not the queries' own."""
-NO_SOURCE = re.compile(r"mask|length|emb|ids|pos")
+NO_SOURCES = re.compile(r"mask|length|emb|ids|pos|rot|freq|bias|scale|shift|gate|mod|residual")
 
 
 class Attention(NamedTuple):
@@ -27,51 +27,63 @@ class Attention(NamedTuple):
 
     modules: tuple[nn.Module, ...]
     hidden: Tensor | None
-    """What the innermost one was called with,"""
-    source: Tensor | None
-    """and the other sequence it was given."""
+    """The sequence that the innermost one was called with,"""
+    others: tuple[tuple[bool, Tensor], ...]
+    """and the others, and whether their names say that they are sources."""
 
     @property
     def layer(self) -> nn.Module | None:
         return self.modules[0] if self.modules else None
 
-    def is_cross(self, queries: int) -> bool:
-        """Keys and values come from elsewhere. Joint attention has the other sequence among its queries."""
-        if self.source is None or self.source is self.hidden or self.hidden is None:
+    def is_cross(self, queries: int, keys: int) -> bool:
+        """Keys and values come from elsewhere. Joint attention has the other sequence among its queries; in a
+        module that computes self-attention, too, the other one is told by its length."""
+        if self.hidden is None or queries > _tokens(self.hidden):
             return False
-        of_hidden = self.hidden.shape[1:2] if self.hidden.dim() == 3 else self.hidden.shape[2:]
-        return queries <= math.prod(of_hidden)
+        alone = hasattr(self.layer, "processor") or keys != _tokens(self.hidden)
+        return any(_tokens(t) == keys or (named and alone) for named, t in self.others)
 
 
 def current_attention() -> Attention:
     """By the caller's stack."""
     modules: list[nn.Module] = []
-    given: tuple[Tensor | None, Tensor | None] = None, None
+    hidden: Tensor | None = None
+    others: list[tuple[bool, Tensor]] = []
     frame: Any = sys._getframe(1)
     while frame is not None:
         if frame.f_code is CALL:
             call = frame.f_locals
-            if not modules:
-                given = _sequences(call["self"], call["args"], call["kwargs"])
             modules.append(call["self"])
+            # What only wraps the call, and has queries and keys already, says nothing of their sources.
+            if hidden is None and not (len(modules) > 1 and hasattr(modules[-2], "processor")):
+                hidden, others = _sequences(call["self"], call["args"], call["kwargs"])
         frame = frame.f_back
-    return Attention(tuple(modules), *given)
+    return Attention(tuple(modules), hidden, tuple(others))
 
 
 def _sequences(
     module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]
-) -> tuple[Tensor | None, Tensor | None]:
-    """The first sequence among a call's arguments, and the one of another source."""
-    hidden, source = None, None
+) -> tuple[Tensor | None, list[tuple[bool, Tensor]]]:
+    """The first sequence among a call's arguments, and the others."""
+    hidden: Tensor | None = None
+    others: list[tuple[bool, Tensor]] = []
     for name, value in (*zip(_names(type(module).forward), args, strict=False), *kwargs.items()):
         first = value[0] if isinstance(value, tuple | list) and value else value
         if not isinstance(first, Tensor) or first.dim() < 3 or not first.is_floating_point():
             continue
-        if hidden is None and not SOURCES.search(name):
+        named = SOURCES.search(name) is not None
+        if hidden is None and not named:
             hidden = first
-        elif source is None and SOURCES.search(name) and not NO_SOURCE.search(name):
-            source = first
-    return hidden, source
+        elif first is not hidden and first.dim() == 3 and not NO_SOURCES.search(name):
+            others.append((named, first))
+    if hidden is not None and hidden.dim() == 4 and not others and not hasattr(module, "processor"):
+        return None, []
+    return hidden, others
+
+
+def _tokens(sequence: Tensor) -> int:
+    """Of [B, S, C], or of [B, C, ...] as images have it."""
+    return sequence.shape[1] if sequence.dim() == 3 else math.prod(sequence.shape[2:])
 
 
 @lru_cache(maxsize=1024)
@@ -87,8 +99,8 @@ class Model:
     skipped, and have their numbers, too.
     """
 
-    def __init__(self, root: nn.Module, first: int) -> None:
-        self.first = first
+    def __init__(self, root: nn.Module) -> None:
+        self.first = 0
         self.place: dict[nn.Module, int] = {}  # where a module is registered
         self.role: dict[nn.Module, Any] = {}
         for i, (path, module) in enumerate(root.named_modules()):
@@ -128,14 +140,13 @@ class Layers:
     def __init__(self, plans: int) -> None:
         self.plans = plans
         self.models: list[Model] = []
+        self.served: list[Model] = []
 
     def model(self, attention: Attention) -> Model:
         for model in self.models:
             if attention.layer in model.place:
                 return model
-        # Layers that no model holds follow each other; a second model after a whole one begins anew.
-        known = sum(len(model.known) for model in self.models)
-        self.models.append(Model(attention.modules[-1], known if known < self.plans else 0))
+        self.models.append(Model(attention.modules[-1]))
         return self.models[-1]
 
     def number(self, attention: Attention) -> int:
@@ -144,25 +155,31 @@ class Layers:
         if layer is None:
             raise ValueError("an attention is in no module; accepted: one plan for all, not a list")
         model = self.model(attention)
+        if model not in self.served:
+            # Layers that no model holds follow each other; a second model after a whole one begins anew.
+            known = sum(len(m.known) for m in self.served)
+            model.first = known if known < self.plans else 0
+            self.served.append(model)
+        known, after = len(model.known), self.served[self.served.index(model) + 1 :]
         number = model.number(layer)
-        last = model is self.models[-1]
-        if number is None or not (last or layer in model.numbers):
+        if number is None or (len(model.known) > known and after and after[0].first):
             raise ValueError(
                 f"which plan is for {type(layer).__name__} cannot be known, as layers before it were skipped;"
                 " accepted: a first call of the model that skips none"
             )
-        many = model.first + len(model.known)
-        if many > self.plans:
+        if self._end(model) > self.plans:
             raise ValueError(
-                f"the model has {many} self-attentions or more and there are {self.plans} plans; accepted: a"
-                " plan for each layer"
+                f"the model has {self._end(model)} self-attentions or more and there are {self.plans} plans;"
+                " accepted: a plan for each layer"
             )
         return number
 
     def missing(self) -> int | None:
         """How many layers there are, where that is known and not the number of plans."""
-        if not self.models or any(True for model in self.models for _ in model.unseen()):
+        if not self.served or any(True for model in self.served for _ in model.unseen()):
             return None
-        last = self.models[-1]
-        many = last.first + len(last.known)
+        many = self._end(self.served[-1])
         return None if many == self.plans else many
+
+    def _end(self, model: Model) -> int:
+        return model.first + len(model.known)
