@@ -31,6 +31,7 @@ from pydiffuse._core.checks import describe
 from pydiffuse.attention import tile_attention
 from pydiffuse.integrations.diffusers_layers import Attention, Layers, current_attention
 from pydiffuse.integrations.diffusers_masks import Masks
+from pydiffuse.integrations.hooks import Hooks
 from pydiffuse.plans import TilePlan
 
 OP = "attention_plan"
@@ -86,12 +87,18 @@ class _Context:
         return plan
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any], dispatched: bool
+        self,
+        attention: Attention,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        options: dict[str, Any],
+        dispatched: bool,
     ) -> Tensor | None:
         """q, k, v: [B, H, S, D]. None where the plan has no say."""
         try:
             with self.lock:
-                plan = self.plan_of(current_attention(), q.shape[2], k.shape[2], dispatched)
+                plan = self.plan_of(attention, q.shape[2], k.shape[2], dispatched)
             if plan is None:
                 return None
             for name, off in (("dropout_p", 0.0), ("is_causal", False)):
@@ -165,7 +172,7 @@ def _backend(
     context = _current.get()
     if context is not None:
         q, k, v = (t.transpose(1, 2) for t in (query, key, value))
-        out = context.attend(q, k, v, options, True)
+        out = context.attend(current_attention(), q, k, v, options, dispatched=True)
         if out is not None:
             return out.transpose(1, 2)
     name, function = _hooks.original(_registry, "get_active_backend").__func__(_registry)
@@ -197,10 +204,11 @@ def _scaled_dot_product_attention(
     }  # fmt: skip
     context = _current.get()
     if context is not None and query.dim() == key.dim() == 4:
-        within = [type(m).__module__ for m in current_attention().modules]
+        attention = current_attention()
+        within = [type(m).__module__ for m in attention.modules]
         ours = any(name.startswith("diffusers.") for name in within)
         if ours and not any(name.startswith("diffusers.models.autoencoders") for name in within):
-            out = context.attend(query, key, value, options, False)
+            out = context.attend(attention, query, key, value, options, dispatched=False)
             if out is not None:
                 return out
     original = _hooks.original(F, "scaled_dot_product_attention")
@@ -234,34 +242,7 @@ def _recomputed(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return original(_carried(function), *args, **kwargs)
 
 
-class _Hooks:
-    """Where attention and checkpoints are looked up, ours instead while a context is open in any thread."""
-
-    def __init__(self, places: Sequence[tuple[Any, str, Any]]) -> None:
-        self.places = places
-        self.lock, self.users = threading.Lock(), 0
-        self.before = {(owner, name): vars(owner)[name] for owner, name, _ in places}
-
-    def original(self, owner: Any, name: str) -> Any:
-        return self.before[owner, name]
-
-    def __enter__(self) -> None:
-        with self.lock:
-            self.users += 1
-            if self.users == 1:
-                for owner, name, ours in self.places:
-                    self.before[owner, name] = vars(owner)[name]
-                    setattr(owner, name, ours)
-
-    def __exit__(self, *_: Any) -> None:
-        with self.lock:
-            self.users -= 1
-            if self.users == 0:
-                for owner, name, _ in self.places:
-                    setattr(owner, name, self.before[owner, name])
-
-
-_hooks = _Hooks(
+_hooks = Hooks(
     [
         (_registry, "get_active_backend", classmethod(_active_backend)),
         (F, "scaled_dot_product_attention", _scaled_dot_product_attention),
