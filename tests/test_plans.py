@@ -10,6 +10,7 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask
 
 from pydiffuse import plans, tile_attention
+from pydiffuse.plans.combine import without_keys
 from tests.cases.attention import TOLERANCE
 from tests.cases.plans import EXAMPLES, KINDS, check_sense, dense_of, draws
 from tests.helpers import BACKENDS, DEVICE, check
@@ -247,6 +248,21 @@ def test_union():
     heads = plans.per_head([plans.local(12, 1, tile=5), plans.frames(3, 4, 1)])
     plan = plans.union([plans.local(12, 2, tile=3), heads])
     check_sense(plan, heads.to_dense() | plans.local(12, 2, tile=3).to_dense())
+
+
+def test_without_keys():
+    for draw in draws("without_keys", 40):
+        n, m = draw(1, 4), draw(1, 6)
+        S = n * m
+        plan = [
+            plans.frames(n, m, draw(0, n)),
+            plans.local(S, draw(0, 4), tile=draw(1, S), causal=True),
+            plans.sliding_tile((n, m), (2, 2), (2, 4)),
+            plans.per_head([plans.local(S, 1, tile=3), plans.dense(S)]),
+        ][draw(0, 3)]
+        keys = np.array([draw(0, 4) > 0 for _ in range(S)])
+        keys[draw(0, S - 1) :] &= draw(0, 1) > 0
+        check_sense(without_keys(plan, keys), plan.to_dense() & torch.from_numpy(keys))
 
 
 def test_from_mask():

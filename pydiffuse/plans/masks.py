@@ -13,7 +13,7 @@ from pydiffuse._core.checks import describe
 from pydiffuse._core.modes import real_tensors
 from pydiffuse.plans.arguments import check_eager, count, counts
 from pydiffuse.plans.plan import TilePlan, given_plan
-from pydiffuse.plans.rows import FULL, Entries, Tiles, row_starts, tiles_of
+from pydiffuse.plans.rows import FULL, Entries, Tiles, row_starts, sorted_runs
 
 CHUNK = 2**22
 """Elements of a mask_mod that are evaluated at once."""
@@ -139,12 +139,13 @@ def from_block_mask(block_mask: Any) -> TilePlan:
         masks = np.full(mine.sum(), FULL, np.int64)
         masks[blocks.partial[mine]] = np.arange(blocks.partial[mine].sum())
         own = tuple(m for m, at in zip(bits, blocks.batch[blocks.partial], strict=True) if at == b)
-        samples.append(Entries(blocks.head[mine], blocks.tile_q[mine], blocks.tile_k[mine], masks, own))
+        tile_k = blocks.tile_k[mine]
+        samples.append(Entries(blocks.head[mine], blocks.tile_q[mine], tile_k, tile_k + 1, masks, own))
     q_lengths, k_lengths = (
         tile_lengths(op, "BLOCK_SIZE", int(size), int(total))
         for size, total in zip(block_mask.BLOCK_SIZE, block_mask.seq_lengths, strict=True)
     )
-    rows = [tiles_of(sample, heads, len(q_lengths)) for sample in samples]
+    rows = [sorted_runs(sample, heads, len(q_lengths)) for sample in samples]
     plans = [given_plan(op, q_lengths, k_lengths, r) for r in rows]
     if len(set(plans)) > 1:
         raise ValueError(

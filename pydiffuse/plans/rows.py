@@ -32,11 +32,12 @@ class Runs(NamedTuple):
 
 
 class Entries(NamedTuple):
-    """The kept tiles one by one, in any order; each (head, tile_q, tile_k) at most once."""
+    """Runs one by one, in any order; a tile is in one of them at most."""
 
     head: np.ndarray  # int [n]
     tile_q: np.ndarray  # int [n]
-    tile_k: np.ndarray  # int [n]
+    begin: np.ndarray  # int [n]
+    end: np.ndarray  # int [n]
     masks: np.ndarray  # int [n]: FULL, or an index of `bits`
     bits: tuple[np.ndarray, ...] = ()
 
@@ -62,17 +63,33 @@ def row_of(starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.divmod(row, ends - 1)
 
 
-def entries_of(rows: Tiles) -> Entries:
-    return Entries(*row_of(rows.starts), rows.tiles, rows.masks, rows.bits)
+def entries_of(runs: Runs) -> Entries:
+    starts, begin, end, masks, bits = runs
+    return Entries(*row_of(starts), begin, end, masks, bits)
 
 
-def tiles_of(entries: Entries, heads: int, q_tiles: int) -> Tiles:
+def sorted_runs(entries: Entries, heads: int, q_tiles: int) -> Runs:
     """q_tiles: how many tiles of queries there are."""
-    sequence = np.lexsort((entries.tile_k, entries.tile_q, entries.head))
-    row = entries.head[sequence].astype(np.int64) * q_tiles + entries.tile_q[sequence]
+    row = entries.head.astype(np.int64) * q_tiles + entries.tile_q
+    sequence = np.lexsort((entries.begin, row))
     starts = row_starts(np.bincount(row, minlength=heads * q_tiles).reshape(heads, q_tiles))
-    kept = entries.tile_k[sequence].astype(np.int32), entries.masks[sequence].astype(np.int32)
-    return Tiles(starts, *kept, entries.bits)
+    begin, end, masks = (a[sequence] for a in (entries.begin, entries.end, entries.masks))
+    return Runs(starts, begin, end, masks, entries.bits)
+
+
+def overlaps(
+    row: np.ndarray, begin: np.ndarray, end: np.ndarray, least: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Row, begin and end of where `least` or more of the runs lie over each other, ascending."""
+    width = int(end.max(initial=0)) + 1
+    at = np.concatenate([row, row]).astype(np.int64) * width + np.concatenate([begin, end])
+    sequence = ascending(at)
+    at, depth = at[sequence], np.cumsum(np.repeat([1, -1], len(row))[sequence])
+    last = np.append(at[1:] != at[:-1], True)[: len(at)]
+    at, depth = at[last], depth[last]
+    some = np.flatnonzero(depth >= least)
+    found, first = np.divmod(at[some], width)
+    return found, first, at[some + 1] % width
 
 
 def row_starts(per_row: np.ndarray) -> np.ndarray:
@@ -228,23 +245,27 @@ def recut(
     if len(old_q) == len(new_q) and len(old_k) == len(new_k):
         return entries
     first_q, first_k = np.searchsorted(new_q, old_q), np.searchsorted(new_k, old_k)
-    pieces_q, pieces_k = np.diff(first_q)[entries.tile_q], np.diff(first_k)[entries.tile_k]
-    within, which = ranges(np.zeros(len(pieces_q), np.int64), pieces_q * pieces_k)
-    rows, columns = np.divmod(within, pieces_k[which])
-    tile_q, tile_k = first_q[entries.tile_q][which] + rows, first_k[entries.tile_k][which] + columns
-    masks = entries.masks[which].astype(np.int64)
-    partial = np.flatnonzero(masks != FULL)
-    if not len(partial):
-        return Entries(entries.head[which], tile_q, tile_k, masks)
+    head, own, begin, end, masks, _ = entries
+    tile_q, which = ranges(first_q[own], np.diff(first_q)[own])
+    begin, end, masks = first_k[begin[which]], first_k[end[which]], masks[which].astype(np.int64)
+    if (masks == FULL).all():
+        return Entries(head[which], tile_q, begin, end, masks)
+    # Whole runs stay runs; tiles with masks come apart.
+    number = np.where(masks == FULL, 1, end - begin)
+    first, part = ranges(begin, number)
+    whole = masks[part] == FULL
+    tile_q, masks, which = tile_q[part], masks[part], which[part]
+    end = np.where(whole, end[part], first + 1)
     # A piece of a mask is told by the mask and by where in its tile the piece begins and ends.
-    q, k = tile_q[partial], tile_k[partial]
-    from_q = old_q[entries.tile_q][which[partial]].astype(np.int64)
-    from_k = old_k[entries.tile_k][which[partial]].astype(np.int64)
+    some = np.flatnonzero(~whole)
+    q, k = tile_q[some], first[some]
+    from_q = old_q[own][which[some]].astype(np.int64)
+    from_k = old_k[entries.begin][which[some]].astype(np.int64)
     edges = (new_q[q] - from_q, new_q[q + 1] - from_q, new_k[k] - from_k, new_k[k + 1] - from_k)
-    cuts, piece = np.unique(np.stack([masks[partial], *edges], 1), axis=0, return_inverse=True)
-    masks[partial] = piece.ravel()
+    cuts, piece = np.unique(np.stack([masks[some], *edges], 1), axis=0, return_inverse=True)
+    masks[some] = piece.ravel()
     bits = tuple(entries.bits[m][q0:q1, k0:k1] for m, q0, q1, k0, k1 in cuts)
-    return Entries(entries.head[which], tile_q, tile_k, masks, bits)
+    return Entries(head[which], tile_q, first, end, masks, bits)
 
 
 def digest(*arrays: np.ndarray) -> str:
