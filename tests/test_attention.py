@@ -306,7 +306,6 @@ BAD = {  # what is wrong: (the call, the error, the words it must hold)
     "bool scale": (call(scale=True), ValueError, ["scale", "True"]),
     "return_lse": (call(return_lse=1), TypeError, ["return_lse", "1"]),
     "training length": (lambda: pd.attention.entropy_scale(64, 9, 1), ValueError, ["trained_length", "1", "2"]),
-    "empty mask": (lambda: plans.from_mask(torch.zeros(4, 4, dtype=torch.bool)), ValueError, ["from_mask", "empty"]),
 }  # fmt: skip
 
 

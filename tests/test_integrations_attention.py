@@ -67,7 +67,7 @@ def test_refused(video):
     check_refused(lambda: run(video, plans.dense(47)), ValueError, ["attention_plan", "48 tokens", "47"])
     check_refused(lambda: run(video, []), TypeError, ["attention_plan", "plan", "TilePlan"])
     q = torch.randn(1, 8, 2, 8)
-    mask = torch.ones(8, 8, dtype=torch.bool)
+    mask = torch.ones(8, 8, dtype=torch.bool).tril()
     with attention_plan(plans.dense(8)):
         for name, value in (("attn_mask", mask), ("dropout_p", 0.1), ("is_causal", True)):
             check_refused(

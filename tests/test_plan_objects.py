@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import json
 import pickle
 import time
 import tracemalloc
+import zlib
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ import torch
 
 from pydiffuse import plans
 from pydiffuse.plans import TilePlan
+from pydiffuse.plans.combine import _per_head, _union
 from pydiffuse.plans.files import _coded, _packed
 from pydiffuse.plans.joint import _joint
 from pydiffuse.plans.patterns import _block_causal, _frames, _local
@@ -126,6 +129,28 @@ def test_files_that_do_not_fit(tmp_path):
     refused(["closed form", "'mine' of x"], lambda c: c["plan"].update(name="mine", parameters={"x": 1}))
     refused(["'from_mask' of no parameters"], lambda c: c["plan"].update(parameters={}))
     refused(["holds no plan"], arrays(heads=2**70))
+    for shape in (
+        [2**40, 4],
+        [4, 2**40],
+        [2**70, 1],
+        [-1, -8],
+        [0, 4],
+        [1.0, 4],
+        [True, 4],
+        ["4", 4],
+        [4],
+    ):
+        refused(
+            ["holds no plan"], arrays(shapes=[shape, *map(list, (b.shape for b in given.rows.bits[1:]))])
+        )
+    for name in (None, 3, 2.5, True, ["from_mask"], {}):
+        refused(["its name is"], lambda c, name=name: c["plan"].update(name=name))
+    bomb = base64.b64encode(zlib.compress(bytes(2**25), 9)).decode()
+    for array in ("starts", "tiles", "masks", "bits"):
+        change = arrays(**{array: bomb})
+        _, peak = peak_bytes(lambda change=change: refused(["more than"], change))
+        assert peak < 2**22
+    refused(["ends early"], arrays(tiles=base64.b64encode(zlib.compress(bytes(64))[:-6]).decode()))
     deep = "[" * 100_000
     refused(["not JSON"], text=deep)
     turned = "{" + '"transposed": {' * 900 + "}" * 901
@@ -237,6 +262,51 @@ def test_time_of_24_frames():
         _frames.__wrapped__(24, 3600, 6, 0)
         times.append(time.perf_counter() - start)
     assert min(times) < 0.02
+
+
+ALL = (("a", ("b",)), ("b", ("a",)))
+
+
+@pytest.mark.parametrize(
+    "make, pairs",
+    [
+        (lambda: _block_causal.__wrapped__((1,) * 15000, None, 0, False), 15000 * 15001 // 2),
+        (lambda: _block_causal.__wrapped__((1,) * 8000, None, 0, True), 8000 * 8001),
+        (lambda: _frames.__wrapped__(8192, 1, 8192, 0), 8192**2),
+        (lambda: _frames.__wrapped__(1024, 1024, 4, 77), None),
+        (lambda: _local.__wrapped__(2**20, 2**20, True, 128), 2**19 * (2**20 + 1)),
+        (lambda: _local.__wrapped__(2**20, 2**16, False, 128), None),
+        (lambda: _per_head.__wrapped__((plans.causal(2**20), plans.local(2**20, 512))), None),
+        (lambda: _union.__wrapped__((plans.causal(2**20), plans.local(2**20, 512))), None),
+        (lambda: _joint.__wrapped__((("a", plans.causal(2**20)), ("b", 77)), ALL, (), None), None),
+    ],
+    ids=[
+        "block_causal",
+        "clean",
+        "frames",
+        "references",
+        "causal",
+        "local",
+        "per_head",
+        "union",
+        "joint",
+    ],
+)
+def test_long_plans(make, pairs):
+    """A million tokens, or a hundred million tiles: what is kept is a few runs in a row, or one."""
+    plan, peak = peak_bytes(make)
+    assert peak < 48e6
+    assert pairs is None or plan.kept.tolist() == [pairs]
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        make()
+        times.append(time.perf_counter() - start)
+    assert min(times) < 0.25
+    turned = plan.transpose()
+    assert turned.kept.tolist() == plan.kept.tolist()
+    for a, b in zip(turned.tensors[:8], (*plan.tensors[4:8], *plan.tensors[:4]), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_many_tiles():

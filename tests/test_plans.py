@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask
 
-from pydiffuse import plans
+from pydiffuse import plans, tile_attention
+from pydiffuse.plans.combine import without_keys
 from tests.cases.attention import TOLERANCE
 from tests.cases.plans import EXAMPLES, KINDS, check_sense, dense_of, draws
 from tests.helpers import BACKENDS, DEVICE, check
@@ -87,6 +88,24 @@ def test_local():
 def test_causal():
     check_sense(plans.causal(21, 8), torch.ones(21, 21, dtype=torch.bool).tril())
     assert plans.causal(300) is plans.local(300, 300, causal=True) is plans.causal(300, tile=128)
+
+
+def test_more_keys_than_queries():
+    """And fewer: queries and keys end together."""
+    for draw in draws("k_length", 60):
+        n, keys, tile, window = draw(1, 40), draw(1, 40), draw(1, 14), draw(0, 45)
+        causal, behind = bool(draw(0, 1)), keys - n
+
+        def rule(i, j, window=window, causal=causal, behind=behind):
+            return abs(i + behind - j) <= window and (j <= i + behind or not causal)
+
+        plan = plans.local(n, window, causal=causal, tile=tile, k_length=keys)
+        check_sense(plan, dense_of(rule, n, keys))
+        check_sense(plan.transpose(), dense_of(rule, n, keys).T)
+    check_sense(plans.causal(3, k_length=5), torch.ones(3, 5, dtype=torch.bool).tril(2))
+    check_sense(plans.causal(5, 2, k_length=3), torch.ones(5, 3, dtype=torch.bool).tril(-2))
+    assert plans.causal(7, k_length=7) is plans.causal(7)
+    assert plans.local(9, 2, k_length=9) is plans.local(9, 2)
 
 
 @pytest.mark.parametrize("axes", [1, 2, 3])
@@ -231,6 +250,21 @@ def test_union():
     check_sense(plan, heads.to_dense() | plans.local(12, 2, tile=3).to_dense())
 
 
+def test_without_keys():
+    for draw in draws("without_keys", 40):
+        n, m = draw(1, 4), draw(1, 6)
+        S = n * m
+        plan = [
+            plans.frames(n, m, draw(0, n)),
+            plans.local(S, draw(0, 4), tile=draw(1, S), causal=True),
+            plans.sliding_tile((n, m), (2, 2), (2, 4)),
+            plans.per_head([plans.local(S, 1, tile=3), plans.dense(S)]),
+        ][draw(0, 3)]
+        keys = np.array([draw(0, 4) > 0 for _ in range(S)])
+        keys[draw(0, S - 1) :] &= draw(0, 1) > 0
+        check_sense(without_keys(plan, keys), plan.to_dense() & torch.from_numpy(keys))
+
+
 def test_from_mask():
     for draw in draws("from_mask", 15):
         generator = torch.Generator().manual_seed(draw(0, 99))
@@ -242,6 +276,64 @@ def test_from_mask():
         mask.numpy(), [4] * (shape[1] // 4) + [shape[1] % 4] * (shape[1] % 4 > 0), 4
     )
     assert plans.from_mask(mask, 4) != plans.from_mask(mask, 5)
+
+
+def test_from_mask_of_a_batch():
+    mask = torch.rand(2, 9, 7, generator=torch.Generator().manual_seed(0)) < 0.4
+    plan = plans.from_mask(mask, 4)
+    for batch in (mask[None], mask[None].expand(3, -1, -1, -1), mask[None].numpy()):
+        assert plans.from_mask(batch, 4) is plan
+
+
+def test_from_blocks():
+    for draw in draws("from_blocks", 20):
+        generator = torch.Generator().manual_seed(draw(0, 99))
+        heads, q, k = draw(1, 3), draw(1, 6), draw(1, 6)
+        blocks = torch.rand(heads, q, k, generator=generator) < (0.1, 0.5, 0.95)[draw(0, 2)]
+        q_lengths, k_lengths = [draw(1, 5) for _ in range(q)], [draw(1, 5) for _ in range(k)]
+        mask = blocks.repeat_interleave(torch.tensor(q_lengths), 1)
+        mask = mask.repeat_interleave(torch.tensor(k_lengths), 2)
+        plan = plans.from_blocks(blocks, q_lengths, k_lengths)
+        check_sense(plan, mask)
+        assert not plan.runs.bits and plan.q_bounds.tolist() == [0, *np.cumsum(q_lengths)]
+        assert plans.from_blocks(blocks[None].numpy(), tuple(q_lengths), np.array(k_lengths)) is plan
+    square = torch.eye(3, dtype=torch.bool)
+    assert torch.equal(
+        plans.from_blocks(square, [4, 2, 3]).to_dense(), plans.groups([4, 2, 3]).to_dense()
+    )
+
+
+EMPTY = {
+    "from_mask": lambda: plans.from_mask(torch.zeros(2, 150, 9, dtype=torch.bool), 64, 4),
+    "from_blocks": lambda: plans.from_blocks(torch.zeros(2, 3, dtype=torch.bool), [150, 2], [1, 4, 3]),
+    "groups": lambda: plans.groups([150, 0], [0, 9]),
+    "causal": lambda: plans.causal(150, k_length=9),
+}
+
+
+@pytest.mark.parametrize("kind", EMPTY)
+def test_queries_that_see_nothing(kind, tmp_path):
+    plan = EMPTY[kind]()
+    check_sense(plan, plan.to_dense())
+    assert plan.density == pytest.approx(0.0 if kind != "causal" else 45 / 1350)
+    assert "speed-up" in plan.summary() and plan.picture(30).shape[2] == 3
+    plan.save(tmp_path / "plan.json")
+    assert plans.TilePlan.load(tmp_path / "plan.json") is plan.transpose().transpose() is plan
+    if plan.heads == 1:
+        assert torch.equal(plans.union([plan, plan.transpose().transpose()]).to_dense(), plan.to_dense())
+        other = plans.dense(plan.q_length, plan.k_length)
+        assert plans.union([plan, other]).density == 1
+        assert plans.per_head([plan, other]).kept.tolist() == [plan.kept[0], other.kept[0]]
+    torch.manual_seed(0)
+    q = torch.randn(2, 2, plan.q_length, 8, device=DEVICE)
+    k, v = torch.randn(2, 2, 2, plan.k_length, 8, device=DEVICE)
+    case = Case("tile_attention", kind, None)
+    for backend in BACKENDS:
+        check(case, ((q, k, v, plan), {}), backend, TOLERANCE)
+    lone = ~plan.to_dense().any(-1)
+    out, lse = tile_attention(q, k, v, plan, return_lse=True)
+    blind = lone.to(DEVICE).expand(2, 2, -1)
+    assert not out[blind].any() and (lse[blind] == -torch.inf).all() and out.isfinite().all()
 
 
 DOCUMENT = torch.tensor([0] * 70 + [1] * 3 + [2] * 127)

@@ -14,7 +14,8 @@ Closed forms, none of which looks at all pairs of tokens:
     joint         modalities that see each other, within a window of time where they share a clock (JAM-Flow)
     dense         all
 
-`per_head` and `union` combine plans; `from_mask` and `from_block_mask` take masks; `search` finds the
+`per_head` and `union` combine plans; `from_mask`, `from_block_mask` and `from_blocks` take
+masks; `search` finds the
 sparsest plan of every layer within an error. The same arguments give the same object. Under torch.compile
 make the plan outside of the compiled function.
 """
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING
 from pydiffuse._core.lazy import lazy
 from pydiffuse.plans.combine import per_head, union
 from pydiffuse.plans.joint import joint
-from pydiffuse.plans.masks import from_block_mask, from_mask
+from pydiffuse.plans.masks import from_block_mask, from_blocks, from_mask
 from pydiffuse.plans.patterns import block_causal, causal, dense, frames, groups, local
 from pydiffuse.plans.plan import TilePlan
 from pydiffuse.plans.results import LayerChoice, SearchResult
@@ -45,6 +46,7 @@ __all__ = [
     "dense",
     "frames",
     "from_block_mask",
+    "from_blocks",
     "from_mask",
     "groups",
     "joint",

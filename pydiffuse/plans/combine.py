@@ -10,8 +10,8 @@ import numpy as np
 
 from pydiffuse._core.checks import describe
 from pydiffuse.plans.arguments import check_eager
-from pydiffuse.plans.plan import TilePlan, form, make_plan
-from pydiffuse.plans.rows import FULL, Entries, entries_of, recut, tiles_of
+from pydiffuse.plans.plan import TilePlan, form, given_plan, make_plan
+from pydiffuse.plans.rows import FULL, Entries, entries_of, overlaps, recut, sorted_runs
 
 
 @form
@@ -34,7 +34,7 @@ def _per_head(plans: tuple[TilePlan, ...]) -> TilePlan:
     q_bounds, k_bounds, pieces = common_tiles(plans)
     head = np.concatenate([np.full(len(e.tile_q), h) for h, e in enumerate(pieces)])
     entries = joined(pieces)._replace(head=head)
-    rows = tiles_of(entries, len(plans), len(q_bounds) - 1)
+    rows = sorted_runs(entries, len(plans), len(q_bounds) - 1)
     order = order_of("per_head", plans)
     return make_plan("per_head", [("plans", plans)], np.diff(q_bounds), np.diff(k_bounds), rows, order)
 
@@ -56,29 +56,60 @@ def union(plans: Sequence[TilePlan]) -> TilePlan:
 @functools.lru_cache(maxsize=256)
 def _union(plans: tuple[TilePlan, ...]) -> TilePlan:
     q_bounds, k_bounds, pieces = common_tiles(plans)
-    heads = max(plan.heads for plan in plans)
+    heads, q_tiles = max(plan.heads for plan in plans), len(q_bounds) - 1
     every = joined([for_heads(e, plan.heads, heads) for e, plan in zip(pieces, plans, strict=True)])
-    place = np.stack([every.head, every.tile_q, every.tile_k])
-    _, first, which = np.unique(place, axis=1, return_index=True, return_inverse=True)
-    whole = np.zeros(len(first), bool)
-    np.logical_or.at(whole, which.ravel(), every.masks == FULL)
-    masks = np.where(whole, FULL, every.masks[first])
-    bits = list(every.bits)
-    # Where several plans keep some elements of a tile each, the tile keeps them all.
-    more = np.ones(len(every.masks), bool)
+    row, whole = every.head * q_tiles + every.tile_q, every.masks == FULL
+    runs = overlaps(row[whole], every.begin[whole], every.end[whole], 1)
+    # Tiles with masks count where no plan keeps them whole; where several do, they keep what any of them does.
+    k_tiles = len(k_bounds) - 1
+    place = row * k_tiles + every.begin
+    inside = np.searchsorted(runs[0] * k_tiles + runs[1], place, side="right") - 1
+    ends = np.append(runs[0] * k_tiles + runs[2], 0)
+    part = np.flatnonzero(~whole & (place >= ends[inside]))
+    place, first, which = np.unique(place[part], return_index=True, return_inverse=True)
+    masks, bits = every.masks[part][first], list(every.bits)
+    more = np.ones(len(part), bool)
     more[first] = False
     joins: dict[tuple[int, int], int] = {}
-    for i in np.flatnonzero(more & ~whole[which.ravel()]):
-        at = which.ravel()[i]
-        pair = int(masks[at]), int(every.masks[i])
+    for i in np.flatnonzero(more):
+        pair = int(masks[which[i]]), int(every.masks[part[i]])
         if pair not in joins:
             joins[pair] = len(bits)
             bits.append(bits[pair[0]] | bits[pair[1]])
-        masks[at] = joins[pair]
-    kept = Entries(every.head[first], every.tile_q[first], every.tile_k[first], masks, tuple(bits))
-    rows = tiles_of(kept, heads, len(q_bounds) - 1)
+        masks[which[i]] = joins[pair]
+    row, tile_k = np.divmod(place, k_tiles)
+    row = np.concatenate([runs[0], row])
+    begin, end = np.concatenate([runs[1], tile_k]), np.concatenate([runs[2], tile_k + 1])
+    masks = np.concatenate([np.full(len(runs[0]), FULL), masks])
+    kept = Entries(*np.divmod(row, q_tiles), begin, end, masks, tuple(bits))
+    rows = sorted_runs(kept, heads, q_tiles)
     order = order_of("union", plans)
     return make_plan("union", [("plans", plans)], np.diff(q_bounds), np.diff(k_bounds), rows, order)
+
+
+def without_keys(plan: TilePlan, keys: np.ndarray) -> TilePlan:
+    """The plan less the keys that are False in `keys`, bool [k_length], over tokens."""
+    order = plan.places()
+    kept = keys if order is None else keys[order]
+    cuts = np.flatnonzero(np.diff(kept)) + 1
+    k_bounds, q_tiles = np.union1d(plan.k_bounds, cuts), len(plan.q_bounds) - 1
+    head, tile_q, begin, end, masks, bits = entries_over(plan, plan.q_bounds, k_bounds)
+    # A run that stays lies over a run of kept keys, which every row has.
+    edge = np.flatnonzero(np.diff(np.concatenate([[False], kept[k_bounds[:-1]], [False]])))
+    row, whole, every = head * q_tiles + tile_q, masks == FULL, np.arange(plan.heads * q_tiles)
+    runs = overlaps(
+        np.concatenate([row[whole], np.repeat(every, len(edge) // 2)]),
+        np.concatenate([begin[whole], np.tile(edge[::2], len(every))]),
+        np.concatenate([end[whole], np.tile(edge[1::2], len(every))]),
+        2,
+    )
+    part = np.flatnonzero(~whole & kept[k_bounds[begin]])
+    row, begin, end, masks = (
+        np.concatenate([a, b[part]])
+        for a, b in zip((*runs, np.full(len(runs[0]), FULL)), (row, begin, end, masks), strict=True)
+    )
+    rows = sorted_runs(Entries(*np.divmod(row, q_tiles), begin, end, masks, bits), plan.heads, q_tiles)
+    return given_plan("without_keys", np.diff(plan.q_bounds), np.diff(k_bounds), rows, order)
 
 
 def common_tiles(plans: Sequence[TilePlan]) -> tuple[np.ndarray, np.ndarray, list[Entries]]:
@@ -91,7 +122,7 @@ def common_tiles(plans: Sequence[TilePlan]) -> tuple[np.ndarray, np.ndarray, lis
 
 
 def entries_over(plan: TilePlan, q_bounds: np.ndarray, k_bounds: np.ndarray) -> Entries:
-    return recut(entries_of(plan.rows), (plan.q_bounds, plan.k_bounds), (q_bounds, k_bounds))
+    return recut(entries_of(plan.runs), (plan.q_bounds, plan.k_bounds), (q_bounds, k_bounds))
 
 
 def joined(pieces: Sequence[Entries]) -> Entries:
@@ -101,16 +132,17 @@ def joined(pieces: Sequence[Entries]) -> Entries:
     for e in pieces:
         masks.append(np.where(e.masks == FULL, FULL, e.masks + len(bits)))
         bits += e.bits
-    head, tile_q, tile_k = (np.concatenate([e[i] for e in pieces]) for i in range(3))
-    return Entries(head, tile_q, tile_k, np.concatenate(masks), tuple(bits))
+    head, tile_q, begin, end = (np.concatenate([e[i] for e in pieces]) for i in range(4))
+    return Entries(head, tile_q, begin, end, np.concatenate(masks), tuple(bits))
 
 
 def for_heads(entries: Entries, given: int, heads: int) -> Entries:
     """The entries of a plan that `given` heads have, for `heads` of them."""
     if given == heads:
         return entries
-    tile_q, tile_k, masks = (np.tile(part, heads) for part in entries[1:4])
-    return Entries(np.repeat(np.arange(heads), len(entries.head)), tile_q, tile_k, masks, entries.bits)
+    tile_q, begin, end, masks = (np.tile(part, heads) for part in entries[1:5])
+    head = np.repeat(np.arange(heads), len(entries.head))
+    return Entries(head, tile_q, begin, end, masks, entries.bits)
 
 
 def keeps_all(plan: TilePlan) -> bool:

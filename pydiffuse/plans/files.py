@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from pydiffuse.plans.arguments import MAX_TILES, count
 from pydiffuse.plans.rows import FULL, Tiles
 
 if TYPE_CHECKING:
@@ -109,6 +110,8 @@ def from_json(given: dict[str, Any], rebuild: Rebuild) -> TilePlan:
     """One of DAMAGED where `given` is not what `to_json` makes."""
     if "transposed" in given:
         return from_json(given["transposed"], rebuild).transpose()
+    if not isinstance(given["name"], str):
+        raise ValueError(f"its name is {given['name']!r}; accepted: text")
     parameters = {k: _values(v, rebuild) for k, v in given["parameters"].items()}
     arrays = _arrays(given["arrays"]) if "arrays" in given else None
     plan = rebuild(given["name"], parameters, arrays)
@@ -141,27 +144,41 @@ def _packed(array: np.ndarray) -> str:
     return _coded(array.astype("<i4").tobytes())
 
 
-def _decoded(text: str) -> bytes:
+def _decoded(text: str, most: int) -> bytes:
+    """Up to `most` bytes: a short text can unpack to more than there is memory."""
+    unpacking = zlib.decompressobj()
+    most = min(most, 4 * MAX_TILES)
     try:
-        return zlib.decompress(base64.b64decode(text, validate=True))
+        data = unpacking.decompress(base64.b64decode(text, validate=True), most + 1)
     except zlib.error as error:
         raise ValueError(f"an array does not unpack: {error}") from error
+    if len(data) > most or not unpacking.eof:
+        raise ValueError(f"an array is damaged, ends early or has more than {most} bytes")
+    return data
 
 
-def _integers(text: str) -> np.ndarray:
-    return np.frombuffer(_decoded(text), "<i4").astype(np.int32)
+def _integers(text: str, most: int = MAX_TILES) -> np.ndarray:
+    return np.frombuffer(_decoded(text, 4 * most), "<i4").astype(np.int32)
 
 
 def _arrays(given: dict[str, Any]) -> Arrays:
     q_bounds, k_bounds = _integers(given["q_bounds"]), _integers(given["k_bounds"])
-    starts = _integers(given["starts"]).astype(np.int64).reshape(given["heads"], len(q_bounds))
-    tiles, masks = _integers(given["tiles"]), _integers(given["masks"])
-    data, bits, at = np.frombuffer(_decoded(given["bits"]), np.uint8), [], 0
-    for q, k in given["shapes"]:
-        size = -(-q * k // 8)
+    heads = count("its arrays", "heads", given["heads"])
+    starts = _integers(given["starts"], heads * len(q_bounds))
+    starts = starts.astype(np.int64).reshape(heads, len(q_bounds))
+    kept = max(0, int(starts[-1, -1]))
+    tiles, masks = _integers(given["tiles"], kept), _integers(given["masks"], kept)
+    shapes = [
+        (count("its masks", "a length", q), count("its masks", "a length", k)) for q, k in given["shapes"]
+    ]
+    sizes = [-(-q * k // 8) for q, k in shapes]
+    data, bits, at = np.frombuffer(_decoded(given["bits"], sum(sizes)), np.uint8), [], 0
+    if len(data) < sum(sizes):
+        raise ValueError(f"its masks are {sum(sizes)} bytes and {len(data)} are there")
+    for (q, k), size in zip(shapes, sizes, strict=True):
         bits.append(np.unpackbits(data[at : at + size], count=q * k).astype(bool).reshape(q, k))
         at += size
-    order = None if given["order"] is None else _integers(given["order"])
+    order = None if given["order"] is None else _integers(given["order"], int(q_bounds[-1]))
     found = Arrays(q_bounds, k_bounds, Tiles(starts, tiles, masks, tuple(bits)), order)
     _check(found)
     return found
@@ -179,7 +196,7 @@ def _check(given: Arrays) -> None:
             b[0] == 0 and (np.diff(b) > 0).all() for b in (q_bounds, k_bounds)
         ),
         "rows follow each other": flat[0] == 0 and (np.diff(flat) >= 0).all() and ends.all(),
-        "rows hold all tiles": flat[-1] == len(tiles) == len(masks) > 0,
+        "rows hold all tiles": flat[-1] == len(tiles) == len(masks),
         "tiles are tiles of keys": ((tiles >= 0) & (tiles < len(k_bounds) - 1)).all(),
         "masks are masks": ((masks >= FULL) & (masks < len(bits))).all(),
         "the order is a permutation": order is None

@@ -11,7 +11,7 @@ import numpy as np
 from pydiffuse.plans.arguments import check_eager, check_tiles, check_tokens, count
 from pydiffuse.plans.combine import entries_over, for_heads, joined
 from pydiffuse.plans.plan import TilePlan, form, make_plan
-from pydiffuse.plans.rows import FULL, Entries, ranges, tiles_of
+from pydiffuse.plans.rows import FULL, Entries, sorted_runs
 
 OP = "joint"
 FEWER = "fewer steps or larger tiles of the modalities keep fewer"
@@ -103,11 +103,13 @@ def _joint(
         for b in parts:
             if b.name in seen[a.name]:
                 e = _block(a, b, windows.get((a.name, b.name)), steps, heads)
-                pieces.append(e._replace(tile_q=e.tile_q + tile_q, tile_k=e.tile_k + tile_k))
+                pieces.append(
+                    e._replace(tile_q=e.tile_q + tile_q, begin=e.begin + tile_k, end=e.end + tile_k)
+                )
             tile_k += len(b.k_bounds) - 1
         tile_q += len(a.q_bounds) - 1
     parameters = [("modalities", plans), ("sees", sees), ("local", local), ("steps", steps)]
-    rows = tiles_of(joined(pieces), heads, tile_q)
+    rows = sorted_runs(joined(pieces), heads, tile_q)
     q_lengths = np.concatenate([np.diff(m.q_bounds) for m in parts])
     k_lengths = np.concatenate([np.diff(m.k_bounds) for m in parts])
     return make_plan(OP, parameters, q_lengths, k_lengths, rows, _order(plans))
@@ -124,9 +126,8 @@ def _block(a: Modality, b: Modality, window: int | None, steps: int | None, head
         first = np.searchsorted(of_k, of_q - window)
         end = np.searchsorted(of_k, of_q + window, side="right")
     check_tiles(OP, int((end - first).sum()) * heads, FEWER)
-    tile_k, tile_q = ranges(first, end - first)
-    zeros = np.zeros(len(tile_q), np.int64)
-    return for_heads(Entries(zeros, tile_q, tile_k, zeros + FULL), 1, heads)
+    zeros = np.zeros(len(first), np.int64)
+    return for_heads(Entries(zeros, np.arange(len(first)), first, end, zeros + FULL), 1, heads)
 
 
 def _clock(length: int, steps: int) -> np.ndarray:

@@ -13,7 +13,7 @@ from pydiffuse._core.checks import describe
 from pydiffuse._core.modes import real_tensors
 from pydiffuse.plans.arguments import check_eager, count, counts
 from pydiffuse.plans.plan import TilePlan, given_plan
-from pydiffuse.plans.rows import FULL, Entries, Tiles, row_starts, tiles_of
+from pydiffuse.plans.rows import FULL, Entries, Tiles, row_starts, sorted_runs
 
 CHUNK = 2**22
 """Elements of a mask_mod that are evaluated at once."""
@@ -26,18 +26,13 @@ def from_mask(
 ) -> TilePlan:
     """The tiles in which a mask keeps anything; where it keeps some elements only, with those elements.
 
-    mask: bool [queries, keys], or [H, queries, keys] for a plan per head. q_tiles, k_tiles: a tile's
-    length, the last one may be shorter, or the length of every tile; k_tiles is q_tiles by default.
+    mask: bool [queries, keys], or [H, queries, keys] for a plan per head, or [B, H, queries, keys] of samples
+    with one mask; where they differ, `[from_mask(m) for m in mask]` has a plan for each, with which
+    tile_attention is called sample by sample. q_tiles, k_tiles: a tile's length, the last one may be shorter,
+    or the length of every tile; k_tiles is q_tiles by default.
     """
     check_eager("from_mask")
-    with real_tensors():
-        array = mask.detach().cpu().numpy() if isinstance(mask, Tensor) else np.asarray(mask)
-    if array.dtype != bool or array.ndim not in (2, 3) or 0 in array.shape:
-        given = describe(mask) if isinstance(mask, Tensor) else f"{array.dtype} {array.shape}"
-        raise ValueError(
-            f"from_mask: mask is {given}; accepted: bool [queries, keys] or [H, queries, keys]"
-        )
-    array = array.reshape(-1, *array.shape[-2:])
+    array = _bools("from_mask", mask, "[queries, keys] or [H, queries, keys]")
     q_lengths = tile_lengths("from_mask", "q_tiles", q_tiles, array.shape[1])
     k_lengths = tile_lengths(
         "from_mask", "k_tiles", q_tiles if k_tiles is None else k_tiles, array.shape[2]
@@ -56,6 +51,46 @@ def from_mask(
     )
     rows = Tiles(row_starts((some > 0).sum(2)), tk.astype(np.int32), masks, bits)
     return given_plan("from_mask", q_lengths, k_lengths, rows)
+
+
+def from_blocks(
+    mask: Tensor | np.ndarray, q_lengths: Sequence[int], k_lengths: Sequence[int] | None = None
+) -> TilePlan:
+    """The tiles that a matrix of blocks keeps, whole: what block-sparse attention such as VSA is given.
+
+    mask: bool [Tq, Tk], or [H, Tq, Tk] for a plan per head, or [B, H, Tq, Tk] of samples with one matrix.
+    q_lengths: the tokens of each of the Tq blocks, 1 or more. k_lengths: of the Tk; q_lengths by default.
+    """
+    op = "from_blocks"
+    check_eager(op)
+    array = _bools(op, mask, "[Tq, Tk] or [H, Tq, Tk], a bool for each pair of blocks")
+    _, q_tiles, k_tiles = array.shape
+    q = counts(op, "q_lengths", q_lengths, 1, (q_tiles,))
+    k = (
+        q
+        if k_lengths is None and k_tiles == q_tiles
+        else counts(op, "k_lengths", k_lengths, 1, (k_tiles,))
+    )
+    tiles = array.nonzero()[2].astype(np.int32)
+    rows = Tiles(row_starts(array.sum(2)), tiles, np.full(len(tiles), FULL, np.int32))
+    return given_plan(op, q, k, rows)
+
+
+def _bools(op: str, mask: Tensor | np.ndarray, names: str) -> np.ndarray:
+    """bool [P, queries, keys] of a mask, or of the one that samples share."""
+    with real_tensors():
+        array = mask.detach().cpu().numpy() if isinstance(mask, Tensor) else np.asarray(mask)
+    if array.dtype != bool or array.ndim not in (2, 3, 4) or 0 in array.shape:
+        given = describe(mask) if isinstance(mask, Tensor) else f"{array.dtype} {array.shape}"
+        raise ValueError(f"{op}: mask is {given}; accepted: bool {names}")
+    if array.ndim == 4:
+        if (array != array[:1]).any():
+            raise ValueError(
+                f"{op}: mask is for {len(array)} samples with different masks; accepted: one for all; make a"
+                f" plan for each, [{op}(m, ...) for m in mask], and call tile_attention sample by sample"
+            )
+        array = array[0]
+    return array.reshape(-1, *array.shape[-2:])
 
 
 def tile_lengths(op: str, argument: str, tiles: int | Sequence[int], total: int) -> list[int]:
@@ -104,12 +139,13 @@ def from_block_mask(block_mask: Any) -> TilePlan:
         masks = np.full(mine.sum(), FULL, np.int64)
         masks[blocks.partial[mine]] = np.arange(blocks.partial[mine].sum())
         own = tuple(m for m, at in zip(bits, blocks.batch[blocks.partial], strict=True) if at == b)
-        samples.append(Entries(blocks.head[mine], blocks.tile_q[mine], blocks.tile_k[mine], masks, own))
+        tile_k = blocks.tile_k[mine]
+        samples.append(Entries(blocks.head[mine], blocks.tile_q[mine], tile_k, tile_k + 1, masks, own))
     q_lengths, k_lengths = (
         tile_lengths(op, "BLOCK_SIZE", int(size), int(total))
         for size, total in zip(block_mask.BLOCK_SIZE, block_mask.seq_lengths, strict=True)
     )
-    rows = [tiles_of(sample, heads, len(q_lengths)) for sample in samples]
+    rows = [sorted_runs(sample, heads, len(q_lengths)) for sample in samples]
     plans = [given_plan(op, q_lengths, k_lengths, r) for r in rows]
     if len(set(plans)) > 1:
         raise ValueError(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from pydiffuse._core.checks import check_flag
 from pydiffuse.plans.arguments import check_eager, check_tiles, check_tokens, count, counts
 from pydiffuse.plans.plan import TilePlan, form, make_plan
-from pydiffuse.plans.rows import FULL, Tiles, ranges, row_starts
+from pydiffuse.plans.rows import FULL, Runs, Tiles, ranges, row_starts
 
 BLOCKS = "larger blocks or a window keep fewer"
 
@@ -62,20 +63,24 @@ def _frames(num_frames: int, tokens_per_frame: int, references: int, text: int) 
     seen = np.zeros(tiles, bool)
     seen[[i * num_frames // references for i in range(references)]] = True
     seen[num_frames:] = True
-    by_all, others = np.flatnonzero(seen), np.flatnonzero(~seen)
-    per_row = np.where(seen, tiles, len(by_all) + 1)
-    whole_row = np.repeat(seen, per_row)
-    kept = np.empty(per_row.sum(), np.int32)
-    kept[whole_row] = np.tile(np.arange(tiles, dtype=np.int32), len(by_all))
-    kept[~whole_row] = np.sort(
-        np.column_stack([np.broadcast_to(by_all, (len(others), len(by_all))), others]), 1
-    ).ravel()
+    # A row of a reference is all; another one is the runs of references and the frame itself.
+    edge = np.flatnonzero(np.diff(np.concatenate([[False], seen, [False]])))
+    own = np.flatnonzero(~seen)
+    begin, end = (np.broadcast_to(at, (len(own), len(edge) // 2)) for at in (edge[::2], edge[1::2]))
+    place = np.argsort(np.column_stack([begin, own]), 1, kind="stable")
+    per_row = np.where(seen, 1, place.shape[1])
+    whole = np.repeat(seen, per_row)
+    ends = np.zeros((2, per_row.sum()), np.int32)
+    ends[1, whole] = tiles
+    for side, at, mine in zip(ends, (begin, end), (own, own + 1), strict=True):
+        side[~whole] = np.take_along_axis(np.column_stack([at, mine]), place, 1).ravel()
+    rows = Runs(row_starts(per_row[None]), ends[0], ends[1], np.full(ends.shape[1], FULL, np.int32))
     lengths = [tokens_per_frame] * num_frames + [text] * (text > 0)
     parameters = [
         ("num_frames", num_frames), ("tokens_per_frame", tokens_per_frame), ("references", references),
         ("text", text),
     ]  # fmt: skip
-    return make_plan("frames", parameters, lengths, lengths, _full_rows(per_row, kept))
+    return make_plan("frames", parameters, lengths, lengths, rows)
 
 
 @form
@@ -151,62 +156,93 @@ def _block_causal(lengths: tuple[int, ...], window: int | None, sinks: int, clea
             np.concatenate([runs[:, [2, 0, 1]], runs]),
         )
     check_tiles("block_causal", int(runs.sum()), BLOCKS)
-    kept, _ = ranges(runs_at.ravel(), runs.ravel())
+    begin = runs_at.ravel().astype(np.int32)
+    end = (runs_at + runs).ravel().astype(np.int32)
+    rows = Runs(3 * np.arange(len(runs) + 1)[None], begin, end, np.full(len(begin), FULL, np.int32))
     tiles = lengths * (1 + clean)
     block = lengths[0] if len(set(lengths)) == 1 else lengths
     parameters = [
         ("num_blocks", n), ("block", block), ("window", window), ("sinks", sinks), ("clean", clean),
     ]  # fmt: skip
-    return make_plan("block_causal", parameters, tiles, tiles, _full_rows(runs.sum(1), kept))
+    return make_plan("block_causal", parameters, tiles, tiles, rows)
 
 
 @form
-def local(length: int, window: int, *, causal: bool = False, tile: int = 128) -> TilePlan:
+def local(
+    length: int, window: int, *, causal: bool = False, tile: int = 128, k_length: int | None = None
+) -> TilePlan:
     """Token i sees token j where |i - j| <= window; with `causal`, only where j <= i, too.
 
     Exact for every element. tile: tokens of a tile; smaller ones compute less of what the edges of the
-    window leave out (`TilePlan.computed`), larger ones in longer runs.
+    window leave out (`TilePlan.computed`), larger ones in longer runs. k_length: keys, where there are more
+    or fewer of them than queries; both end together, so that query i is key i + k_length - length (the last
+    tokens of a sequence whose keys are kept, say).
     """
     check_eager("local")
     length = count("local", "length", length)
-    check_tokens("local", length)
+    k_length = length if k_length is None else count("local", "k_length", k_length)
+    longer = max(length, k_length)
+    check_tokens("local", longer)
     check_flag("local", "causal", causal)
     # More than the sequence is the sequence, and so is a tile: equal plans, numbers that fit.
-    window = min(count("local", "window", window, 0), length - 1)
-    tile = min(count("local", "tile", tile), length)
-    check_tiles("local", -(-length // tile), "larger tiles keep fewer")
-    return _local(length, window, causal, tile)
+    window = min(count("local", "window", window, 0), longer - 1)
+    tile = min(count("local", "tile", tile), longer)
+    check_tiles("local", -(-longer // tile), "larger tiles keep fewer")
+    return _local(length, window, causal, tile, k_length)
 
 
-def causal(length: int, tile: int = 128) -> TilePlan:
-    """Token i sees token j where j <= i: `local(length, length, causal=True, tile=tile)`, the same object."""
+def causal(length: int, tile: int = 128, *, k_length: int | None = None) -> TilePlan:
+    """Token i sees token j where j <= i, and where there are more keys, those before them, too:
+    `local(length, longer, causal=True, tile=tile, k_length=k_length)`, the same object."""
     check_eager("causal")
     length, tile = count("causal", "length", length), count("causal", "tile", tile)
-    check_tokens("causal", length)
-    return local(length, length, causal=True, tile=tile)
+    k_length = length if k_length is None else count("causal", "k_length", k_length)
+    check_tokens("causal", max(length, k_length))
+    return local(length, max(length, k_length), causal=True, tile=tile, k_length=k_length)
 
 
 @functools.lru_cache(maxsize=256)
-def _local(length: int, window: int, causal: bool, tile: int) -> TilePlan:
-    begin = np.arange(0, length, tile, dtype=np.int64)
-    lengths = np.minimum(tile, length - begin)
-    last = begin + lengths - 1
+def _local(length: int, window: int, causal: bool, tile: int, k_length: int | None = None) -> TilePlan:
+    k_length = length if k_length is None else k_length
+    begin, k_begin = (np.arange(0, n, tile, dtype=np.int64) for n in (length, k_length))
+    lengths, k_lengths = np.minimum(tile, length - begin), np.minimum(tile, k_length - k_begin)
+    at = begin + k_length - length  # the first query of a tile, as a key
+    last, end = at + lengths - 1, k_length - 1
     ahead = 0 if causal else window
-    first_tile = np.maximum(begin - window, 0) // tile
-    number = np.minimum(last + ahead, length - 1) // tile - first_tile + 1
-    check_tiles("local", int(number.sum()), "larger tiles keep fewer")
-    tiles, row = ranges(first_tile, number)
-    # i - j over a tile goes from i's first less j's last to i's last less j's first.
-    whole = (begin[row] - last[tiles] >= -ahead) & (last[row] - begin[tiles] <= window)
-    masks = np.full(len(tiles), FULL, np.int32)
-    q, k = row[~whole], tiles[~whole]
-    shapes = np.stack([begin[q] - begin[k], lengths[q], lengths[k]], 1)
+
+    def tiles_upto(key: np.ndarray) -> np.ndarray:
+        """Whole tiles before and with a key."""
+        return np.where(key >= end, len(k_begin), np.maximum(key + 1, 0) // tile)
+
+    # Tiles that some query of the tile sees, and within them those that every query sees whole.
+    first = np.maximum(at - window, 0) // tile
+    stop = np.maximum(np.minimum(last + ahead, end) // tile + 1, first)
+    full = np.maximum(-(-(last - window) // tile), first)
+    full_stop = np.minimum(tiles_upto(at + ahead), stop)
+    full = np.where(full < full_stop, full, stop)
+    full_stop = np.maximum(full, full_stop)
+    check_tiles("local", int((stop - first).sum()), "larger tiles keep fewer")
+    before, after = (ranges(*e) for e in ((first, full - first), (full_stop, stop - full_stop)))
+    some = np.flatnonzero(full_stop > full)
+    row = np.concatenate([before[1], some, after[1]])
+    tiles = np.concatenate([before[0], full[some], after[0]])
+    ends = np.concatenate([before[0] + 1, full_stop[some], after[0] + 1])
+    masks = np.full(len(row), FULL, np.int64)
+    part = np.ones(len(row), bool)
+    part[len(before[0]) : len(before[0]) + len(some)] = False
+    q, k = row[part], tiles[part]
+    shapes = np.stack([at[q] - k_begin[k], lengths[q], k_lengths[k]], 1)
     distinct, which = np.unique(shapes, axis=0, return_inverse=True)
-    masks[~whole] = which.ravel()
+    masks[part] = which.ravel()
+    sequence = np.lexsort((tiles, row))
     bits = []
     for offset, queries, keys in distinct:
         back = offset + np.arange(queries)[:, None] - np.arange(keys)
         bits.append((back <= window) & (back >= -ahead))
-    rows = Tiles(row_starts(number[None]), tiles.astype(np.int32), masks, tuple(bits))
-    parameters = [("length", length), ("window", window), ("causal", causal), ("tile", tile)]
-    return make_plan("local", parameters, lengths, lengths, rows)
+    starts = row_starts(np.bincount(row, minlength=len(begin))[None])
+    rows = Runs(starts, tiles[sequence], ends[sequence], masks[sequence], tuple(bits))
+    parameters: list[tuple[str, Any]] = [
+        ("length", length), ("window", window), ("causal", causal), ("tile", tile),
+    ]  # fmt: skip
+    parameters += [("k_length", k_length)] if k_length != length else []
+    return make_plan("local", parameters, lengths, k_lengths, rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from os import PathLike
 from typing import TYPE_CHECKING
 
@@ -26,15 +27,16 @@ def summary(plan: TilePlan) -> str:
     kept, computed = plan.kept / pairs, plan.computed / pairs
     q_tiles, k_tiles = (len(b) - 1 for b in (plan.q_bounds, plan.k_bounds))
     heads = f", {plan.heads} heads" if plan.heads > 1 else ""
-    whole = int((plan.rows.masks == FULL).sum())
-    tiles = len(plan.rows.tiles)
+    runs = plan.runs
+    tiles = int((runs.end - runs.begin).sum(dtype=np.int64))
+    whole = tiles - int((runs.masks != FULL).sum())
     lines = [
         f"{plan.name}: {plan.q_length:,} queries x {plan.k_length:,} keys{heads}",
         f"tiles     {q_tiles:,} of {_range(plan.q_bounds)} queries x {k_tiles:,} of {_range(plan.k_bounds)} keys",
         f"kept      {tiles:,} of {plan.heads * q_tiles * k_tiles:,} tiles:"
-        f" {whole:,} whole, {tiles - whole:,} partial with {len(plan.rows.bits)} masks",
+        f" {whole:,} whole, {tiles - whole:,} partial with {len(runs.bits)} masks",
         f"density   {_shares(kept)} of all pairs, {_shares(computed)} computed",
-        f"speed-up  {1 / computed.mean():.2f}x over dense at best",
+        f"speed-up  {1 / computed.mean() if computed.any() else math.inf:.2f}x over dense at best",
         f"memory    {_bytes(sum(t.numel() * t.element_size() for t in plan.tensors if t is not None))}",
     ]
     return "\n".join(lines)
@@ -73,13 +75,13 @@ def picture(plan: TilePlan, size: int, head: int) -> np.ndarray:
         np.searchsorted(b, at, side="right") - 1
         for b, at in ((plan.q_bounds, at_q), (plan.k_bounds, at_k))
     )
-    starts, tiles, masks, bits = plan.rows
+    starts, begin, end, masks, bits = plan.runs
     image = np.empty((h, w, 3), np.uint8)
     for y in range(h):
         row = slice(starts[head, tile_q[y]], starts[head, tile_q[y] + 1])
-        of_tile = np.full(len(plan.k_bounds) - 1, FULL - 1)
-        of_tile[tiles[row]] = masks[row]
-        mask = of_tile[tile_k]
+        run = np.searchsorted(begin[row], tile_k, side="right") - 1
+        within = (run >= 0) & (tile_k < np.append(end[row], 0)[run])
+        mask = np.where(within, np.append(masks[row], 0)[run], FULL - 1)
         image[y] = np.where((mask == FULL)[:, None], WHOLE, PAPER)
         for x in np.flatnonzero(mask > FULL):
             bit = bits[mask[x]][at_q[y] - plan.q_bounds[tile_q[y]], at_k[x] - plan.k_bounds[tile_k[x]]]

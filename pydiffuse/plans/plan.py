@@ -28,7 +28,17 @@ from pydiffuse._core.modes import real_tensors
 from pydiffuse._core.structs import PlanTensors
 from pydiffuse.plans import files, pictures
 from pydiffuse.plans.arguments import check_eager, check_tokens
-from pydiffuse.plans.rows import FULL, Tiles, digest_of, entries_of, simplified, transposed
+from pydiffuse.plans.rows import (
+    FULL,
+    Runs,
+    Tiles,
+    digest_of,
+    row_of,
+    runs_of,
+    simplified,
+    tiles_in,
+    transposed,
+)
 from pydiffuse.plans.tensors import plan_tensors
 
 TRANSPOSED = ("transposed", True)
@@ -49,7 +59,8 @@ class TilePlan:
     q_bounds: np.ndarray = field(compare=False)
     """int32 [Tq + 1]: the boundaries of the query tiles."""
     k_bounds: np.ndarray = field(compare=False)
-    rows: Tiles = field(compare=False)
+    runs: Runs = field(compare=False)
+    """What each tile of queries sees."""
     tensors: PlanTensors = field(compare=False)
     """What the kernels walk, on one device."""
     _kin: dict[tuple[bool, torch.device], TilePlan] = field(default_factory=dict, compare=False)
@@ -66,7 +77,7 @@ class TilePlan:
         for name, value in (
             ("q_length", int(self.q_bounds[-1])),
             ("k_length", int(self.k_bounds[-1])),
-            ("heads", self.rows.starts.shape[0]),
+            ("heads", self.runs.starts.shape[0]),
             ("is_transposed", TRANSPOSED in self.parameters),
         ):
             object.__setattr__(self, name, value)
@@ -88,6 +99,11 @@ class TilePlan:
             return None if order is None else order.numpy()
 
     @cached_property
+    def rows(self) -> Tiles:
+        """`runs` tile by tile: in proportion to the tiles that are kept."""
+        return tiles_in(self.runs)
+
+    @cached_property
     def packed(self) -> Tensor:
         """What direct calls on the CPU take."""
         with real_tensors():
@@ -107,7 +123,7 @@ class TilePlan:
             moved = (None if t is None else t.to(device) for t in self.tensors)
             tensors = PlanTensors(*moved)  # type: ignore[arg-type]
         return TilePlan(
-            self.name, self.parameters, self.q_bounds, self.k_bounds, self.rows, tensors, self._kin
+            self.name, self.parameters, self.q_bounds, self.k_bounds, self.runs, tensors, self._kin
         )
 
     def transpose(self) -> TilePlan:
@@ -116,28 +132,31 @@ class TilePlan:
         if found is None:
             parameters = tuple(p for p in self.parameters if p != TRANSPOSED)
             parameters += () if self.is_transposed else (TRANSPOSED,)
-            rows = transposed(self.rows, len(self.k_bounds) - 1)
-            tensors = plan_tensors(rows, self.k_bounds, self.q_bounds, self.places())
+            runs = transposed(self.runs, len(self.k_bounds) - 1)
+            tensors = plan_tensors(runs, self.k_bounds, self.q_bounds, self.places())
             found = TilePlan(
-                self.name, parameters, self.k_bounds, self.q_bounds, rows, tensors, self._kin
+                self.name, parameters, self.k_bounds, self.q_bounds, runs, tensors, self._kin
             ).to(self.device)
         return found
 
     @property
     def kept(self) -> np.ndarray:
         """int64 [P]: the pairs of a query and a key that count, for each head."""
-        ones = np.array([b.sum() for b in self.rows.bits] + [0], np.int64)
+        ones = np.array([b.sum() for b in self.runs.bits] + [0], np.int64)
         return self._pairs(ones)
 
     @property
     def computed(self) -> np.ndarray:
         """int64 [P]: the pairs in the kept tiles, for each head; what masks leave out is computed, too."""
-        return self._pairs(np.array([b.size for b in self.rows.bits] + [0], np.int64))
+        return self._pairs(np.array([b.size for b in self.runs.bits] + [0], np.int64))
 
     def _pairs(self, per_mask: np.ndarray) -> np.ndarray:
         """per_mask: int64 [masks + 1], what a tile with each mask adds; the last one is not looked at."""
-        head, tile_q, tile_k, masks, _ = entries_of(self.rows)
-        whole = np.diff(self.q_bounds)[tile_q].astype(np.int64) * np.diff(self.k_bounds)[tile_k]
+        starts, begin, end, masks, _ = self.runs
+        head, tile_q = row_of(starts)
+        whole = np.diff(self.q_bounds)[tile_q].astype(np.int64) * (
+            self.k_bounds[end] - self.k_bounds[begin]
+        )
         # Integers as float64, which bincount adds up: exact below 2^53.
         pairs = np.bincount(head, np.where(masks == FULL, whole, per_mask[masks]), self.heads)
         return pairs.astype(np.int64)
@@ -151,11 +170,11 @@ class TilePlan:
         """bool [P, queries, keys], over tokens: True where a query sees a key. Grows with the square of
         the length; for tests and pictures."""
         dense = np.zeros((self.heads, self.q_length, self.k_length), bool)
-        starts, tiles, masks, bits = self.rows
+        starts, begin, end, masks, bits = self.runs
         for p in range(self.heads):
             for t, (q0, q1) in enumerate(zip(self.q_bounds, self.q_bounds[1:], strict=False)):
                 for i in range(starts[p, t], starts[p, t + 1]):
-                    k0, k1 = self.k_bounds[tiles[i] : tiles[i] + 2]
+                    k0, k1 = self.k_bounds[begin[i]], self.k_bounds[end[i]]
                     dense[p, q0:q1, k0:k1] = True if masks[i] == FULL else bits[masks[i]]
         order = self.places()
         if order is not None:
@@ -260,40 +279,35 @@ def make_plan(
     parameters: Sequence[tuple[str, Any]],
     q_lengths: Sequence[int] | np.ndarray,
     k_lengths: Sequence[int] | np.ndarray,
-    rows: Tiles,
+    rows: Tiles | Runs,
     order: np.ndarray | None = None,
 ) -> TilePlan:
     """A plan from its tiles' lengths (each 1 or more) and its rows of kept tiles.
 
-    Every constructor ends here. Masks that keep all are made full and masks that keep nothing are left
-    out; a plan that keeps nothing at all is refused.
+    Every constructor ends here. Masks that keep all are made full and masks that keep nothing are left out.
     """
     check_eager(name)
     q_bounds, k_bounds = _bounds(name, q_lengths), _bounds(name, k_lengths)
-    rows = simplified(rows)
-    if not len(rows.tiles):
-        raise ValueError(
-            f"{name}: the plan is empty, no query would see a key; accepted: one kept tile or more"
-        )
-    tensors = plan_tensors(rows, q_bounds, k_bounds, order)
-    return TilePlan(name, tuple(parameters), q_bounds, k_bounds, rows, tensors)
+    runs = simplified(rows if isinstance(rows, Runs) else runs_of(rows))
+    tensors = plan_tensors(runs, q_bounds, k_bounds, order)
+    return TilePlan(name, tuple(parameters), q_bounds, k_bounds, runs, tensors)
 
 
 def given_plan(
     name: str,
     q_lengths: Sequence[int] | np.ndarray,
     k_lengths: Sequence[int] | np.ndarray,
-    rows: Tiles,
+    rows: Tiles | Runs,
     order: np.ndarray | None = None,
 ) -> TilePlan:
     """A plan that no parameters describe: its tiles' digest tells it apart. While it lives, the same tiles
     give the same object."""
-    rows = simplified(rows)
+    runs = simplified(rows if isinstance(rows, Runs) else runs_of(rows))
     edges = _bounds(name, q_lengths), _bounds(name, k_lengths)
-    parameters = (("digest", digest_of(rows, *edges, order)),)
+    parameters = (("digest", digest_of(tiles_in(runs), *edges, order)),)
     found = _GIVEN.get((name, parameters))
     if found is None:
-        found = _GIVEN[name, parameters] = make_plan(name, parameters, q_lengths, k_lengths, rows, order)
+        found = _GIVEN[name, parameters] = make_plan(name, parameters, q_lengths, k_lengths, runs, order)
     return found
 
 

@@ -39,7 +39,7 @@ class LayerChoice:
         """Over dense: as measured, or at best, by the share of pairs that are computed."""
         if self.seconds and self.dense_seconds:
             return self.dense_seconds / self.seconds
-        return 1 / share(self.plan)
+        return 1 / share(self.plan) if self.plan.computed.any() else math.inf
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,11 @@ EXAMPLES = {
     "per_head": lambda: plans.per_head([plans.local(12, 3, tile=5), plans.frames(3, 4, 1)]),
     "union": lambda: plans.union([plans.local(12, 3, tile=5), plans.frames(3, 4, 1)]),
     "from_mask": lambda: plans.from_mask(torch.ones(2, 9, 7, dtype=torch.bool).tril(1), 4, 3),
+    "from_blocks": lambda: plans.from_blocks(
+        torch.tensor([[[True, False, True], [False, True, True]], [[False, True, False], [True] * 3]]),
+        [2, 3],
+        [1, 4, 2],
+    ),
     "from_block_mask": lambda: plans.from_block_mask(
         create_block_mask(lambda b, h, q, k: q >= k, None, None, 40, 40, device="cpu", BLOCK_SIZE=16)
     ),
