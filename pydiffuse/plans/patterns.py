@@ -103,7 +103,7 @@ def groups(lengths: Sequence[int], k_lengths: Sequence[int] | None = None) -> Ti
 def _groups(lengths: tuple[int, ...], k_lengths: tuple[int, ...]) -> TilePlan:
     q, k = np.array(lengths), np.array(k_lengths)
     both = (q > 0) & (k > 0)
-    rows = _full_rows(both[q > 0].astype(np.int64), (np.cumsum(k > 0) - 1)[both])
+    rows = _full_rows(both[q > 0].astype(np.int64), (np.cumsum(k > 0, dtype=np.int64) - 1)[both])
     parameters = [("lengths", lengths), ("k_lengths", k_lengths)]
     return make_plan("groups", parameters, q[q > 0], k[k > 0], rows)
 

@@ -191,7 +191,7 @@ def simplified(runs: Runs) -> Runs:
     neighbours one run."""
     masks, bits = _distinct(runs.masks, runs.bits)
     stays = (masks >= FULL) & (runs.end > runs.begin)
-    starts = np.concatenate([[0], np.cumsum(stays)])[runs.starts]
+    starts = np.concatenate([[0], np.cumsum(stays, dtype=np.int64)])[runs.starts]
     begin, end, masks = (a[stays].astype(np.int32) for a in (runs.begin, runs.end, masks))
     return _joined(Runs(starts, begin, end, masks, bits))
 
@@ -205,7 +205,7 @@ def _joined(runs: Runs) -> Runs:
     joins[edges - 1] = False
     first, last = np.ones((2, len(masks)), bool)
     first[1:], last[:-1] = ~joins, ~joins
-    starts = np.concatenate([[0], np.cumsum(first)])[starts]
+    starts = np.concatenate([[0], np.cumsum(first, dtype=np.int64)])[starts]
     return Runs(starts, begin[first], end[last], masks[first], bits)
 
 
