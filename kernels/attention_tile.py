@@ -57,8 +57,8 @@ class Arguments(NamedTuple):
 class Tile(NamedTuple):
     """The launch parameters of one kernel for one head_dim and dtype."""
 
-    rows: int  # own: a power of two from 32 to BLOCK
-    step: int  # of the other side, a power of two from 32
+    rows: int  # own: a power of two to BLOCK, from 16 for queries and 32 for keys
+    step: int  # of the other side, a power of two from the same
     warps: int
     stages: int  # of loads under way
     widest: int = 256  # features of a piece at most
@@ -79,8 +79,13 @@ SMALL = (86, 89, 120, 121)
 def tile_of(kernel: str, a: Arguments) -> Tile:
     """By kernel, head_dim, dtype and GPU."""
     tile = largest_tile(kernel, a)
-    # Wide heads: one load under way, as two do not fit.
-    return tile._replace(stages=1) if capability(a.q) in SMALL and a.q.shape[3] > 128 else tile
+    if capability(a.q) not in SMALL or a.q.shape[3] <= 128:
+        return tile
+    tile = tile._replace(stages=1)  # of wide heads two loads under way do not fit
+    if a.q.dtype != torch.float32 or kernel == "forward":
+        return tile
+    # Nor do four operands of 32: queries are taken 16 at a time, whichever side they are.
+    return tile._replace(rows=16) if kernel == "dq" else tile._replace(step=16)
 
 
 def largest_tile(kernel: str, a: Arguments) -> Tile:

@@ -71,6 +71,16 @@ def test_every_piece_of_a_head(backend, D):
     check(FRAMES, arguments(FRAMES, Size(1, 1, 1, D)), backend)
 
 
+@pytest.mark.skipif(GPU, reason="a GPU has tiles of its own")
+@pytest.mark.parametrize("case", [RAGGED, PER_HEAD, ORDERED], ids=lambda case: case.name)
+def test_tiles_of_small_cards(case, monkeypatch):
+    """Where a block has 99 kB of shared memory, wide heads take 16 queries at a time."""
+    from pydiffuse.kernels import attention_tile
+
+    monkeypatch.setattr(attention_tile, "capability", lambda like: 120)
+    check(case, arguments(case, Size(1, 2, 1, 256)), "triton")
+
+
 @by_backend
 @pytest.mark.parametrize("case", [TEXT, PER_HEAD, ORDERED], ids=lambda case: case.name)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
