@@ -176,17 +176,22 @@ def selective_state_update(
     dt_bias: Tensor | None = None,
     dt_softplus: bool = False,
 ) -> Tensor:
-    """One step of `selective_scan`; `state` is overwritten by the new one."""
+    """One step of `selective_scan`; `state` is overwritten by the new one. Heads are more channels."""
 
-    def token(t: Tensor) -> Tensor:
-        return t.unsqueeze(-1)
+    def channels(t: Tensor | None, first: int) -> Tensor | None:
+        """Heads and channels, from dimension `first`, as one."""
+        return t if t is None or x.dim() == 2 else t.flatten(first, first + 1)
 
+    def token(t: Tensor | None) -> Tensor | None:
+        return None if t is None else t.unsqueeze(-1)
+
+    u, delta, gate = (token(channels(t, 1)) for t in (x, dt, z))
     y, last = selective_scan(
-        token(x), token(dt), A, token(B), token(C), D, None if z is None else token(z), dt_bias, dt_softplus,
-        True, initial_state=state,
-    )  # fmt: skip
-    state.copy_(last)
-    return y.squeeze(-1)
+        u, delta, channels(A, 0), token(B), token(C), channels(D, 0), gate, channels(dt_bias, 0), dt_softplus,
+        True, initial_state=channels(state, 1),
+    )  # type: ignore[arg-type]  # fmt: skip
+    state.copy_(last.view_as(state))
+    return y.view_as(x)
 
 
 def zigzag_mamba_inner(
