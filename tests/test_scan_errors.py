@@ -109,7 +109,9 @@ BAD = {  # what is wrong: (the call, the error, the words it must hold)
     ),
     "groups of heads": (
         lambda: pd.selective_state_update(
-            state.unflatten(1, (3, 2)), *[x.unflatten(1, (3, 2))] * 2, A.unflatten(0, (3, 2)),
+            state.unflatten(1, (3, 2)),
+            *[x.unflatten(1, (3, 2))] * 2,
+            A.unflatten(0, (3, 2)),
             *[rows[:, None].expand(-1, 2, -1)] * 2,
         ),
         ValueError,

@@ -161,6 +161,10 @@ def zigzag_mamba_inner(
     C_proj_bias: Tensor | None = None,
     delta_softplus: bool = True,
     *,
+    b_rms_weight: Tensor | None = None,
+    c_rms_weight: Tensor | None = None,
+    dt_rms_weight: Tensor | None = None,
+    b_c_dt_rms_eps: float = 1e-6,
     path: PathLike = None,
     reverse: bool = False,
     cu_seqlens: Tensor | Sequence[int] | None = None,
@@ -173,6 +177,7 @@ def zigzag_mamba_inner(
       x_proj_weight: [R + 2 N, D] (R + N or R where B or C are given). delta_proj_weight: [D, R].
       out_proj_weight: [M, D], out_proj_bias: [M]; without them y [B, D, L] ("bld": [B, L, D]) is returned.
       A: [D, N]. B, C: as in `selective_scan`, instead of projections of x. B_proj_bias, C_proj_bias: [N].
+      b_rms_weight, c_rms_weight: [N], dt_rms_weight: [D]: RMS norms of B, C and delta, as in Falcon Mamba.
     Returns [B, L, M]. The projections are torch's matrix products.
     """
     op = "zigzag_mamba_inner"
@@ -200,6 +205,18 @@ def zigzag_mamba_inner(
             )
         if bias is not None:
             check_shape(op, name, bias, (N,), "(N,)", like=xz)
+    norms = (
+        ("b_rms_weight", b_rms_weight, N, "(N,)", B),
+        ("c_rms_weight", c_rms_weight, N, "(N,)", C),
+        ("dt_rms_weight", dt_rms_weight, D_, "(D,)", None),
+    )
+    for name, weight, size, text, given in norms:
+        if weight is not None:
+            check_shape(op, name, weight, (size,), text, like=xz)
+            if given is not None and given.dim() == 2:
+                raise ValueError(
+                    f"{op}: {name} is given with a constant {name[0].upper()}; accepted: one of them"
+                )
     if out_proj_weight is not None:
         check_shape(op, "out_proj_weight", out_proj_weight, (None, D_), "(M, D)", like=xz)
     if out_proj_bias is not None:
@@ -211,5 +228,6 @@ def zigzag_mamba_inner(
     return reference.inner_block(
         causal_conv1d, selective_scan, xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight,
         out_proj_weight, out_proj_bias, A, B, C, D, delta_bias, B_proj_bias, C_proj_bias, delta_softplus,
-        path=path, reverse=reverse, cu_seqlens=cu_seqlens, layout=layout,
+        b_rms_weight=b_rms_weight, c_rms_weight=c_rms_weight, dt_rms_weight=dt_rms_weight,
+        b_c_dt_rms_eps=b_c_dt_rms_eps, path=path, reverse=reverse, cu_seqlens=cu_seqlens, layout=layout,
     )  # fmt: skip

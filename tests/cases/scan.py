@@ -223,7 +223,9 @@ def heads_step(t: ScanMaker) -> tuple[tuple[Any, ...], dict[str, Any]]:
     args, kwargs = one_step(t, 3)
     state, x, dt, A, B, C, D, z, bias, softplus = args
     x, z = (r.unflatten(1, (3, -1)) for r in (x, z))
-    dt, D, bias = (r.unflatten(-1, (3, -1))[..., :1].expand(*r.shape[:-1], *x.shape[1:]) for r in (dt, D, bias))
+    dt, D, bias = (
+        r.unflatten(-1, (3, -1))[..., :1].expand(*r.shape[:-1], *x.shape[1:]) for r in (dt, D, bias)
+    )
     A = A.unflatten(0, (3, -1))[:, :1, :1].expand(*x.shape[1:], A.shape[-1])
     return (state.unflatten(1, (3, -1)), x, dt, A, B, C, D, z, bias, softplus), kwargs
 

@@ -1,0 +1,110 @@
+"""Ours in the places of mamba_ssm's and causal_conv1d's functions."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import threading
+from types import FunctionType, ModuleType
+from typing import Any
+
+from pydiffuse.integrations.mamba_ssm import conv, scan
+from pydiffuse.integrations.places import modules, places, stand_in, stands_for
+
+PACKAGES = ("mamba_ssm", "causal_conv1d")
+OURS = {
+    f.__name__: f
+    for f in (
+        scan.selective_scan_fn,
+        scan.mamba_inner_fn,
+        scan.mamba_inner_fn_no_out_proj,
+        scan.selective_state_update,
+        conv.causal_conv1d_fn,
+        conv.causal_conv1d_update,
+    )
+}
+_lock = threading.Lock()
+
+
+def patch(module: ModuleType | None = None) -> list[str]:
+    """Put ours in the places of mamba_ssm's and causal_conv1d's functions: in the two packages, and in every
+    loaded module that took them from there. Returns the places, as "package.module.name".
+
+    Where a package found no kernels at its import and holds None by one of the names, ours is put, too. Calls
+    may be repeated, and what is imported later takes ours from the packages.
+
+    module: a copy of mamba_ssm instead, as `dis_mamba` in ZigMa; what the copy took from elsewhere is replaced
+    in the copy alone.
+    ImportError if there is nothing of the two packages to import, ValueError for a module without such functions
+    or with one whose arguments are others; nothing is replaced then.
+    """
+    op = "mamba_ssm.patch"
+    if module is None:
+        homes = [m for package in PACKAGES if _loaded(package) for m in modules(package)]
+        if not homes:
+            raise ImportError(
+                f"{op}: neither mamba_ssm nor causal_conv1d can be imported; call patch(module) for a copy of"
+                " mamba_ssm, or take the functions from pydiffuse.integrations.mamba_ssm"
+            )
+    elif isinstance(module, ModuleType):
+        homes = list({id(m): m for m in (module, *modules(module.__name__))}.values())
+    else:
+        raise TypeError(f"{op}: module is a {type(module).__name__}; accepted: a module or None")
+    with _lock:
+        found: dict[int, Any] = {
+            id(f): f for f in (vars(m).get(name) for m in homes for name in OURS) if _theirs(f)
+        }
+        for f in found.values():
+            _check(op, f)
+        new = {key: stand_in(OURS[f.__name__], f) for key, f in found.items()}
+        names = {m.__name__ for m in homes}
+        put = [
+            (place, new[id(f)])
+            for place, f in places(modules())
+            if id(f) in new and (f.__module__ in names or place.module.__name__ in names)
+        ]
+        put += [
+            (place, stand_in(OURS[place.name], None))
+            for place, f in places(homes)
+            if f is None and place.cell is None and place.name in OURS
+        ]
+        already = [str(place) for place, f in places(homes) if stands_for(f)]
+        if not put and not already:
+            raise ValueError(f"{op}: {homes[0].__name__} has none of the functions {', '.join(OURS)}")
+        for place, function in put:
+            place.put(function)
+    return sorted({str(place) for place, _ in put} | set(already))
+
+
+def unpatch() -> list[str]:
+    """Put everything back that `patch` replaced, also in modules that were imported since. Returns the places."""
+    with _lock:
+        restored = [(place, stands_for(f)) for place, f in places(modules()) if stands_for(f)]
+        for place, (original,) in restored:
+            place.put(original)
+    return sorted({str(place) for place, _ in restored})
+
+
+def _loaded(package: str) -> bool:
+    if modules(package):
+        return True
+    try:
+        importlib.import_module(package)
+    except ImportError:
+        return False
+    return True
+
+
+def _theirs(f: Any) -> bool:
+    """One of their functions. `ops.triton.selective_state_update` is a module by the name of its function."""
+    return type(f) is FunctionType and f.__name__ in OURS and not stands_for(f) and f not in OURS.values()
+
+
+def _check(op: str, f: FunctionType) -> None:
+    accepted = list(inspect.signature(OURS[f.__name__]).parameters)
+    given = list(inspect.signature(f).parameters)
+    if given != accepted[: len(given)]:
+        raise ValueError(
+            f"{op}: {f.__module__}.{f.__name__} has the arguments {', '.join(given)};"
+            f" accepted: {', '.join(accepted)}, or the first of them"
+        )
