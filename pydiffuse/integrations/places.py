@@ -32,20 +32,21 @@ class Place(NamedTuple):
         return f"{self.module.__name__}.{self.name}"
 
 
-def stand_in(ours: Callable[..., Any], original: Any) -> Callable[..., Any]:
-    """A function that calls `ours` and knows what it stands for."""
+def stand_in(ours: Callable[..., Any], original: Any, owner: str) -> Callable[..., Any]:
+    """A function that calls `ours` and knows what it stands for, and which integration put it there."""
 
     @functools.wraps(ours)
     def function(*args: Any, **kwargs: Any) -> Any:
         return ours(*args, **kwargs)
 
-    setattr(function, _OF, (original,))
+    setattr(function, _OF, (owner, original))
     return function
 
 
-def stands_for(function: Any) -> tuple[Any, ...]:
-    """(what `function` stands for,), or () if it is no stand-in."""
-    return getattr(function, _OF, ()) if type(function) is FunctionType else ()
+def stands_for(function: Any, owner: str) -> tuple[Any, ...]:
+    """(what `function` stands for,), or () if it is no stand-in of this integration."""
+    mark = getattr(function, _OF, ()) if type(function) is FunctionType else ()
+    return mark[1:] if mark and mark[0] == owner else ()
 
 
 def modules(prefix: str = "") -> list[ModuleType]:
@@ -63,7 +64,7 @@ def places(within: list[ModuleType]) -> Iterator[tuple[Place, Any]]:
     for module in within:
         for name, value in list(vars(module).items()):
             yield Place(module, name, None), value
-            if type(value) is FunctionType and not stands_for(value):
+            if type(value) is FunctionType and not hasattr(value, _OF):
                 for cell in value.__closure__ or ():
                     try:
                         yield Place(module, name, cell), cell.cell_contents

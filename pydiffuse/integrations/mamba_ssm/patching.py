@@ -11,6 +11,7 @@ from typing import Any
 from pydiffuse.integrations.mamba_ssm import conv, scan
 from pydiffuse.integrations.places import modules, places, stand_in, stands_for
 
+OWNER = "mamba_ssm"
 PACKAGES = ("mamba_ssm", "causal_conv1d")
 OURS = {
     f.__name__: f
@@ -56,7 +57,7 @@ def patch(module: ModuleType | None = None) -> list[str]:
         }
         for f in found.values():
             _check(op, f)
-        new = {key: stand_in(OURS[f.__name__], f) for key, f in found.items()}
+        new = {key: stand_in(OURS[f.__name__], f, OWNER) for key, f in found.items()}
         names = {m.__name__ for m in homes}
         put = [
             (place, new[id(f)])
@@ -64,11 +65,11 @@ def patch(module: ModuleType | None = None) -> list[str]:
             if id(f) in new and (f.__module__ in names or place.module.__name__ in names)
         ]
         put += [
-            (place, stand_in(OURS[place.name], None))
+            (place, stand_in(OURS[place.name], None, OWNER))
             for place, f in places(homes)
             if f is None and place.cell is None and place.name in OURS
         ]
-        already = [str(place) for place, f in places(homes) if stands_for(f)]
+        already = [str(place) for place, f in places(homes) if stands_for(f, OWNER)]
         if not put and not already:
             raise ValueError(f"{op}: {homes[0].__name__} has none of the functions {', '.join(OURS)}")
         for place, function in put:
@@ -79,7 +80,9 @@ def patch(module: ModuleType | None = None) -> list[str]:
 def unpatch() -> list[str]:
     """Put everything back that `patch` replaced, also in modules that were imported since. Returns the places."""
     with _lock:
-        restored = [(place, stands_for(f)) for place, f in places(modules()) if stands_for(f)]
+        restored = [
+            (place, stands_for(f, OWNER)) for place, f in places(modules()) if stands_for(f, OWNER)
+        ]
         for place, (original,) in restored:
             place.put(original)
     return sorted({str(place) for place, _ in restored})
@@ -97,7 +100,12 @@ def _loaded(package: str) -> bool:
 
 def _theirs(f: Any) -> bool:
     """One of their functions. `ops.triton.selective_state_update` is a module by the name of its function."""
-    return type(f) is FunctionType and f.__name__ in OURS and not stands_for(f) and f not in OURS.values()
+    return (
+        type(f) is FunctionType
+        and f.__name__ in OURS
+        and not stands_for(f, OWNER)
+        and f not in OURS.values()
+    )
 
 
 def _check(op: str, f: FunctionType) -> None:
