@@ -41,12 +41,13 @@ def patch(module: ModuleType | None = None) -> list[str]:
     """
     op = "mamba_ssm.patch"
     if module is None:
-        homes = [m for package in PACKAGES if _loaded(package) for m in modules(package)]
-        if not homes:
+        missing = [error for package in PACKAGES if (error := _load(package))]
+        if len(missing) == len(PACKAGES):
             raise ImportError(
-                f"{op}: neither mamba_ssm nor causal_conv1d can be imported; call patch(module) for a copy of"
-                " mamba_ssm, or take the functions from pydiffuse.integrations.mamba_ssm"
-            )
+                f"{op}: neither mamba_ssm nor causal_conv1d can be imported ({missing[0]}); call patch(module) for a"
+                " copy of mamba_ssm, or take the functions from pydiffuse.integrations.mamba_ssm"
+            ) from missing[0]
+        homes = [m for package in PACKAGES for m in modules(package)]
     elif isinstance(module, ModuleType):
         homes = list({id(m): m for m in (module, *modules(module.__name__))}.values())
     else:
@@ -88,14 +89,14 @@ def unpatch() -> list[str]:
     return sorted({str(place) for place, _ in restored})
 
 
-def _loaded(package: str) -> bool:
-    if modules(package):
-        return True
-    try:
-        importlib.import_module(package)
-    except ImportError:
-        return False
-    return True
+def _load(package: str) -> ImportError | None:
+    """Import it unless it is; why that failed."""
+    if not modules(package):
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            return error
+    return None
 
 
 def _theirs(f: Any) -> bool:
