@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import runpy
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -24,14 +27,21 @@ JAMBA = {
     "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 2, "num_experts": 2,
     "attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 4, "mamba_dt_rank": 3,
 }  # fmt: skip
+ZAMBA = {
+    "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 2, "attn_layer_period": 2,
+    "attn_layer_offset": 1, "mamba_d_state": 4, "mamba_dt_rank": 3, "n_mamba_heads": 2, "num_hidden_layers": 3,
+    "layer_types": ["linear_attention", "hybrid", "hybrid"], "initializer_range": 0.2,
+}  # fmt: skip
 MAMBA2 = {"state_size": 4, "num_heads": 4, "head_dim": 8, "n_groups": 2, "chunk_size": 8}
 MODELS = {  # name -> its configuration
     "Mamba": {"state_size": 4, "use_bias": True},
     "FalconMamba": {"state_size": 4, "mixer_rms_eps": 1e-3},
     "Jamba": JAMBA,
+    "Zamba": ZAMBA,
     "Mamba2": MAMBA2,  # the convolution and the step; its scan in chunks is their own
 }
-SCANS = ("Mamba", "FalconMamba", "Jamba")
+LAYERS = {"Mamba": 2, "FalconMamba": 2, "Jamba": 1, "Zamba": 3, "Mamba2": 2}
+SCANS = {"Mamba": 2, "FalconMamba": 2, "Jamba": 1, "Zamba": 6}  # Zamba scans by head
 IDS = torch.randint(1, 40, (2, 9), generator=torch.Generator().manual_seed(0))
 
 
@@ -86,8 +96,8 @@ def logits_and_gradients(model, **given):
 def test_logits_and_gradients(name, calls):
     model = made(name)
     before, after = before_and_after(model, logits_and_gradients)
-    layers = 1 if name == "Jamba" else 2
-    assert calls == {"causal_conv1d": layers} | ({"selective_scan": layers} if name in SCANS else {})
+    scans = {"selective_scan": SCANS[name]} if name in SCANS else {}
+    assert calls == {"causal_conv1d": LAYERS[name]} | scans
     assert len(before) == len(after) > 8
     for a, b in zip(before, after, strict=True):
         assert relative_error(b, a) < 1e-5
@@ -114,8 +124,8 @@ def test_generation_with_a_cache(name, calls):
 
     model = made(name)
     before, after = before_and_after(model, generate)
-    layers = 1 if name == "Jamba" else 2
-    assert calls["selective_state_update"] == 5 * layers and calls["causal_conv1d"] == 6 * layers
+    assert calls["selective_state_update"] == 5 * SCANS.get(name, 2)
+    assert calls["causal_conv1d"] == 6 * LAYERS[name]
     assert torch.equal(before[0], after[0]) and relative_error(after[1], before[1]) < 1e-5
     whole = model(after[0], use_cache=False).logits[:, 8:-1].transpose(0, 1)
     assert relative_error(after[1], whole) < 1e-5
@@ -155,6 +165,15 @@ def test_a_step_outside_no_grad(calls):
     before, after = before_and_after(made("Mamba"), step)
     assert "selective_state_update" not in calls and after.requires_grad
     assert relative_error(after, before) < 1e-5
+
+
+def test_the_example(capsys):
+    script = runpy.run_path(str(Path(__file__).parent.parent / "examples" / "transformers_mamba.py"))
+    script["main"](
+        ["--model", "FalconMamba", "--hidden", "16", "--layers", "1", "--tokens", "8", "--runs", "1"]
+    )
+    found = capsys.readouterr().out
+    assert found.count(" ms before ") == 3 and float(found.split("apart by ")[1].split()[0]) < 1e-4
 
 
 def test_patch_and_unpatch():
