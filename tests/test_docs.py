@@ -10,7 +10,7 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-NEEDS = {"integrations": "diffusers", "transformers": "transformers"}
+NEEDS = {"integrations": ("diffusers", "0.42"), "transformers": ("transformers", "5.24")}
 SNIPPET = re.compile(r"^```python\n(.*?)^```$", re.S | re.M)
 
 
@@ -24,7 +24,8 @@ def snippets(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_snippets_run(page, tmp_path, monkeypatch):
     if page.stem in NEEDS:
-        pytest.importorskip(NEEDS[page.stem], reason=f"{NEEDS[page.stem]} is not installed (extra: test)")
+        name, version = NEEDS[page.stem]
+        pytest.importorskip(name, version, reason=f"{name} {version} is not installed (extra: test)")
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     alone = page.name == "README.md"

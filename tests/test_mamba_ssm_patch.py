@@ -146,6 +146,30 @@ def test_a_copy(theirs, user, monkeypatch):
     assert names.unpatch() == places and other.selective_scan_fn(*GIVEN) == "copy"
 
 
+def test_once_more_for_what_was_missed(theirs, monkeypatch):
+    original = theirs.scan.selective_scan_fn
+    names.patch()
+    (late,) = load(monkeypatch, {"late": ""})
+    late.kept = original
+    assert "late.kept" in names.patch() and serves(late.kept)
+    names.unpatch()
+    assert late.kept is original
+
+
+def test_another_order_of_arguments(monkeypatch):
+    """causal_conv1d's before it took states."""
+    (old,) = load(
+        monkeypatch,
+        {"old": "def causal_conv1d_fn(x, weight, bias=None, activation=None): return 'theirs'"},
+    )
+    names.patch(old)
+    x, weight, bias = torch.randn(1, 2, 5), torch.randn(2, 4), torch.randn(2)
+    expected = names.causal_conv1d_fn(x, weight, bias, activation="silu")
+    assert torch.equal(old.causal_conv1d_fn(x, weight, bias, "silu"), expected)
+    assert torch.equal(old.causal_conv1d_fn(x, weight, activation="silu", bias=bias), expected)
+    names.unpatch()
+
+
 def test_refused(theirs, monkeypatch):
     check_refused(lambda: names.patch("mamba_ssm"), TypeError, ["mamba_ssm.patch", "module is a str"])
     empty, odd = load(

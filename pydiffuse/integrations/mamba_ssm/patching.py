@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import threading
+from collections.abc import Callable
 from types import FunctionType, ModuleType
 from typing import Any
 
@@ -53,12 +55,9 @@ def patch(module: ModuleType | None = None) -> list[str]:
     else:
         raise TypeError(f"{op}: module is a {type(module).__name__}; accepted: a module or None")
     with _lock:
-        found: dict[int, Any] = {
-            id(f): f for f in (vars(m).get(name) for m in homes for name in OURS) if _theirs(f)
-        }
-        for f in found.values():
-            _check(op, f)
-        new = {key: stand_in(OURS[f.__name__], f, OWNER) for key, f in found.items()}
+        held = [f for _, f in places(homes)]
+        found = [f for h in held for f in (h, *stands_for(h, OWNER)) if _theirs(f)]
+        new = {id(f): stand_in(_served(op, f), f, OWNER) for f in found}
         names = {m.__name__ for m in homes}
         put = [
             (place, new[id(f)])
@@ -109,11 +108,19 @@ def _theirs(f: Any) -> bool:
     )
 
 
-def _check(op: str, f: FunctionType) -> None:
-    accepted = list(inspect.signature(OURS[f.__name__]).parameters)
-    given = list(inspect.signature(f).parameters)
-    if given != accepted[: len(given)]:
+def _served(op: str, f: FunctionType) -> Callable[..., Any]:
+    """Ours, by the order of their arguments: causal_conv1d_fn's has changed."""
+    ours = OURS[f.__name__]
+    accepted, given = (list(inspect.signature(each).parameters) for each in (ours, f))
+    if not set(given) <= set(accepted):
         raise ValueError(
-            f"{op}: {f.__module__}.{f.__name__} has the arguments {', '.join(given)};"
-            f" accepted: {', '.join(accepted)}, or the first of them"
+            f"{op}: {f.__module__}.{f.__name__} has the arguments {', '.join(given)}; accepted: {', '.join(accepted)}"
         )
+    if given == accepted[: len(given)]:
+        return ours
+
+    @functools.wraps(ours)
+    def by_name(*args: Any, **kwargs: Any) -> Any:
+        return ours(**dict(zip(given, args)), **kwargs)
+
+    return by_name
