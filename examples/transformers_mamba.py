@@ -6,7 +6,7 @@ python examples/transformers_mamba.py --model FalconMamba --hidden 768 --layers 
 from __future__ import annotations
 
 import argparse
-import time
+import timeit
 from collections.abc import Callable
 
 import torch
@@ -17,12 +17,7 @@ from pydiffuse.integrations import transformers as kernels
 
 def milliseconds(call: Callable[[], object], runs: int) -> float:
     call()
-    times = []
-    for _ in range(runs):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return 1e3 * min(times)
+    return 1e3 * min(timeit.repeat(call, number=1, repeat=runs))
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed (extra: bench)")
+diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed (extra: test)")
 
 from pydiffuse.integrations import diffusers as ours  # noqa: E402
 from tests.helpers import relative_error  # noqa: E402
@@ -66,7 +66,7 @@ def test_a_round_trip(name, parts, tmp_path):
 
 def test_a_pipeline_of_diffusers(tmp_path):
     """MotifVideoPipeline, with prompts that are embedded already."""
-    pytest.importorskip("transformers", reason="transformers is not installed (extra: bench)")
+    pytest.importorskip("transformers", reason="transformers is not installed (extra: test)")
     torch.manual_seed(0)
     vae = diffusers.AutoencoderKLWan(base_dim=8, z_dim=4, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[False],
         latents_mean=[0.0] * 4, latents_std=[1.0] * 4)  # fmt: skip
