@@ -10,6 +10,7 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+NEEDS = {"integrations": ("diffusers", "0.42"), "transformers": ("transformers", "5.24")}
 SNIPPET = re.compile(r"^```python\n(.*?)^```$", re.S | re.M)
 
 
@@ -22,8 +23,9 @@ def snippets(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_snippets_run(page, tmp_path, monkeypatch):
-    if page.name == "integrations.md":
-        pytest.importorskip("diffusers", reason="diffusers is not installed (extra: bench)")
+    if page.stem in NEEDS:
+        name, version = NEEDS[page.stem]
+        pytest.importorskip(name, version, reason=f"{name} {version} is not installed (extra: test)")
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     alone = page.name == "README.md"

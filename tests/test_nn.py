@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
-import sys
-import types
 
 import pytest
 import torch
@@ -14,7 +11,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import pydiffuse
 from pydiffuse import plans
-from pydiffuse.integrations import mamba_ssm as names
 from pydiffuse.nn import TileAttention, ZigzagMamba
 from pydiffuse.paths import zigzag, zigzag_layers
 from tests.helpers import DEVICE, relative_error
@@ -117,26 +113,6 @@ def test_what_does_not_fit():
         ZigzagMamba(16, d_state=300)
     with pytest.raises(TypeError, match="path is a Tensor"):
         ZigzagMamba(16, path=torch.arange(4))
-
-
-def test_names_of_mamba_ssm(monkeypatch):
-    u, delta = torch.randn(2, 4, 9), torch.rand(2, 4, 9)
-    A, B, C = -torch.rand(4, 3), torch.randn(2, 3, 9), torch.randn(2, 3, 9)
-    assert torch.equal(
-        names.selective_scan_fn(u, delta, A, B, C), pydiffuse.selective_scan(u, delta, A, B, C)
-    )
-    accepted = list(inspect.signature(names.mamba_inner_fn).parameters)
-    assert accepted[:8] == list(inspect.signature(pydiffuse.zigzag_mamba_inner).parameters)[:8]
-    with pytest.raises(NotImplementedError, match="dt_rms_weight"):
-        names.mamba_inner_fn(*[None] * 8, dt_rms_weight=u)
-    with pytest.raises(ImportError, match="not loaded"):
-        names.patch()
-    module = types.ModuleType("mamba_ssm.ops.selective_scan_interface")
-    module.selective_scan_fn = module.mamba_inner_fn = module.selective_state_update = None
-    monkeypatch.setitem(sys.modules, "mamba_ssm.ops.selective_scan_interface", module)
-    assert len(names.patch()) == 2
-    assert module.selective_scan_fn is names.selective_scan_fn
-    assert module.selective_state_update is None
 
 
 def attention_by_hand(layer, x, plan, angles=None):

@@ -102,10 +102,20 @@ BAD = {  # what is wrong: (the call, the error, the words it must hold)
         ValueError,
         ["selective_state_update", "state", "(2, 5, 4)"],
     ),
-    "state order": (
-        lambda: pd.selective_state_update(state.mT.contiguous().mT, x, x, A, rows, rows),
+    "state heads": (
+        lambda: pd.selective_state_update(state[:, :, None], x, x, A, rows, rows),
         ValueError,
-        ["state", "contiguous"],
+        ["selective_state_update", "state", "(B, D, N)"],
+    ),
+    "groups of heads": (
+        lambda: pd.selective_state_update(
+            state.unflatten(1, (3, 2)),
+            *[x.unflatten(1, (3, 2))] * 2,
+            A.unflatten(0, (3, 2)),
+            *[rows[:, None].expand(-1, 2, -1)] * 2,
+        ),
+        ValueError,
+        ["B has 2 groups", "3 heads"],
     ),
     "state gradient": (
         lambda: pd.selective_state_update(state, x.clone().requires_grad_(), x, A, rows, rows),

@@ -15,6 +15,9 @@ from typing import Any
 
 import diffusers.guiders as theirs
 import torch
+from diffusers.guiders import (
+    BaseGuidance as BaseGuidance,
+)  # `from_pretrained` of a pipeline looks for it here
 from diffusers.guiders.guider_utils import GuiderOutput
 from torch import Tensor
 

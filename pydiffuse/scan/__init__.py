@@ -14,14 +14,13 @@ import torch
 from torch import Tensor
 
 from pydiffuse._core import dispatch
-from pydiffuse._core.checks import check_shape, written
+from pydiffuse._core.checks import check_flag, check_shape, written
 from pydiffuse._core.functions import differentiable, needs_function
-from pydiffuse._core.structs import MAX_STATES
 from pydiffuse.conv import causal_conv1d
 from pydiffuse.paths import ScanPath
 from pydiffuse.paths.steps import PathLike, check_layout, steps_of, usual_order
 from pydiffuse.scan import reference
-from pydiffuse.scan.arguments import last_state, scan_arguments
+from pydiffuse.scan.arguments import last_state, scan_arguments, update_arguments
 from pydiffuse.scan.autograd import SelectiveScan, run_scan
 
 
@@ -116,54 +115,32 @@ def selective_state_update(
 ) -> Tensor:
     """One step of `selective_scan`, for inference token by token; `state` becomes the new state.
 
-    state: [B, D, N], float32, contiguous. x, dt, z: [B, D]. A: [D, N], D, dt_bias: [D], float32. B, C: [B, N] or
-    [B, G, N]. Returns y [B, D] like x. Takes no part in autograd.  As mamba_ssm's function of that name.
+    state: [B, D, N]. x, dt, z: [B, D]. A: [D, N], D, dt_bias: [D]. B, C: [B, N] or [B, G, N]. Mamba-2's heads
+    stand before D: state [B, H, D, N], x, dt, z [B, H, D], A [H, D, N], D, dt_bias [H, D], and the groups of B
+    and C are groups of heads. Any of them is float32, bfloat16 or float16; the arithmetic is in float32, and
+    a low-precision state is rounded once. Returns y like x. Takes no part in autograd.
+
+    As mamba_ssm's function of that name.
     """
     op = "selective_state_update"
-    check_shape(op, "x", x, (None, None), "(B, D)")
-    batch, D_ = x.shape
-    f32 = (torch.float32,)
-    check_shape(op, "A", A, (D_, None), "(D, N)", like=x, dtypes=f32)
-    N = A.shape[1]
-    if not 1 <= N <= MAX_STATES:
-        raise ValueError(f"{op}: A has {N} states; accepted: 1 to {MAX_STATES}")
-    check_shape(op, "state", state, (batch, D_, N), "(B, D, N)", like=x, dtypes=f32)
-    check_shape(op, "dt", dt, (batch, D_), "(B, D)", like=x)
-    for name, t in (("B", B), ("C", C)):
-        grouped = isinstance(t, Tensor) and t.dim() == 3
-        sizes = (batch, None, N) if grouped else (batch, N)
-        check_shape(op, name, t, sizes, "(B, N) or (B, G, N)", like=x)
-        if grouped and (t.shape[1] == 0 or D_ % t.shape[1]):
-            raise ValueError(f"{op}: {name} has {t.shape[1]} groups; they must divide the {D_} channels")
-    if B.dim() != C.dim() or (B.dim() == 3 and B.shape[1] != C.shape[1]):
-        raise ValueError(
-            f"{op}: B is {tuple(B.shape)} and C is {tuple(C.shape)}; they must have the same groups"
-        )
-    if D is not None:
-        check_shape(op, "D", D, (D_,), "(D,)", like=x, dtypes=f32)
-    if z is not None:
-        check_shape(op, "z", z, (batch, D_), "(B, D)", like=x)
-    if dt_bias is not None:
-        check_shape(op, "dt_bias", dt_bias, (D_,), "(D,)", like=x, dtypes=f32)
-    tensors = [t for t in (state, x, dt, A, B, C, D, z, dt_bias) if t is not None]
+    folded, *rest = update_arguments(op, state, x, dt, A, B, C, D, z, dt_bias)
+    check_flag(op, "dt_softplus", dt_softplus)
     if dispatch.forced_reference():
         return reference.selective_state_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
+    tensors = [t for t in (state, x, dt, A, B, C, D, z, dt_bias) if t is not None]
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         raise ValueError(
             f"{op}: it takes no part in autograd, and an argument requires a gradient;"
             " call it under torch.no_grad()"
         )
-    if not state.is_contiguous():
-        raise ValueError(
-            f"{op}: state is not contiguous; it is written in place: state.contiguous() first"
-        )
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    written([state])
-    groups = [t if t.dim() == 3 else t[:, None] for t in (B, C)]
-    rows = [None if t is None else t.contiguous() for t in (A, *groups, D, z, dt_bias)]
-    dispatch.ops_for(op, x).selective_state_update.default(
-        out, state, x.contiguous(), dt.contiguous(), *rows, dt_softplus
-    )
+    here = state.dtype is torch.float32 and state.is_contiguous()
+    new = folded if here else folded.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    if here:
+        written([state])
+    dispatch.ops_for(op, x).selective_state_update.default(out.flatten(1), new, *rest, dt_softplus)
+    if not here:
+        state.copy_(new.view_as(state))
     return out
 
 
@@ -184,6 +161,10 @@ def zigzag_mamba_inner(
     C_proj_bias: Tensor | None = None,
     delta_softplus: bool = True,
     *,
+    b_rms_weight: Tensor | None = None,
+    c_rms_weight: Tensor | None = None,
+    dt_rms_weight: Tensor | None = None,
+    b_c_dt_rms_eps: float = 1e-6,
     path: PathLike = None,
     reverse: bool = False,
     cu_seqlens: Tensor | Sequence[int] | None = None,
@@ -196,6 +177,7 @@ def zigzag_mamba_inner(
       x_proj_weight: [R + 2 N, D] (R + N or R where B or C are given). delta_proj_weight: [D, R].
       out_proj_weight: [M, D], out_proj_bias: [M]; without them y [B, D, L] ("bld": [B, L, D]) is returned.
       A: [D, N]. B, C: as in `selective_scan`, instead of projections of x. B_proj_bias, C_proj_bias: [N].
+      b_rms_weight, c_rms_weight: [N], dt_rms_weight: [D]: RMS norms of B, C and delta, as in Falcon Mamba.
     Returns [B, L, M]. The projections are torch's matrix products.
     """
     op = "zigzag_mamba_inner"
@@ -223,6 +205,18 @@ def zigzag_mamba_inner(
             )
         if bias is not None:
             check_shape(op, name, bias, (N,), "(N,)", like=xz)
+    norms = (
+        ("b_rms_weight", b_rms_weight, N, "(N,)", B),
+        ("c_rms_weight", c_rms_weight, N, "(N,)", C),
+        ("dt_rms_weight", dt_rms_weight, D_, "(D,)", None),
+    )
+    for name, weight, size, text, given in norms:
+        if weight is not None:
+            check_shape(op, name, weight, (size,), text, like=xz)
+            if given is not None and given.dim() == 2:
+                raise ValueError(
+                    f"{op}: {name} is given with a constant {name[0].upper()}; accepted: one of them"
+                )
     if out_proj_weight is not None:
         check_shape(op, "out_proj_weight", out_proj_weight, (None, D_), "(M, D)", like=xz)
     if out_proj_bias is not None:
@@ -234,5 +228,6 @@ def zigzag_mamba_inner(
     return reference.inner_block(
         causal_conv1d, selective_scan, xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight,
         out_proj_weight, out_proj_bias, A, B, C, D, delta_bias, B_proj_bias, C_proj_bias, delta_softplus,
-        path=path, reverse=reverse, cu_seqlens=cu_seqlens, layout=layout,
+        b_rms_weight=b_rms_weight, c_rms_weight=c_rms_weight, dt_rms_weight=dt_rms_weight,
+        b_c_dt_rms_eps=b_c_dt_rms_eps, path=path, reverse=reverse, cu_seqlens=cu_seqlens, layout=layout,
     )  # fmt: skip

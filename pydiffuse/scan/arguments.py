@@ -138,3 +138,57 @@ def last_state(last: Tensor, K: int | None, cu_seqlens: Any, reverse: bool) -> T
     last = last.flip(1) if reverse and cu_seqlens is not None else last
     last = last if K is not None else last[:, :, 0]
     return last if cu_seqlens is not None else last[:, 0]
+
+
+def update_arguments(
+    op: str,
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+) -> tuple[Any, ...]:
+    """state, x, dt, A, B, C, D, z and dt_bias of one step, checked: heads are folded into channels, B and C have
+    groups, parameters are float32, and everything but the state is contiguous."""
+    heads = isinstance(x, Tensor) and x.dim() == 3
+    names = "H, D" if heads else "D"
+    check_shape(op, "x", x, (None, None, None) if heads else (None, None), f"(B, {names})")
+    batch, *channels = x.shape
+    check_shape(op, "A", A, (*channels, None), f"({names}, N)", like=x)
+    N = A.shape[-1]
+    if not 1 <= N <= MAX_STATES:
+        raise ValueError(f"{op}: A has {N} states; accepted: 1 to {MAX_STATES}")
+    check_shape(op, "state", state, (batch, *channels, N), f"(B, {names}, N)", like=x)
+    for name, t in (("dt", dt), ("z", z)):
+        if t is not None:
+            check_shape(op, name, t, x.shape, f"(B, {names})", like=x)
+    for name, t in (("D", D), ("dt_bias", dt_bias)):
+        if t is not None:
+            check_shape(op, name, t, channels, f"({names})" if heads else "(D,)", like=x)
+    for name, t in (("B", B), ("C", C)):
+        grouped = isinstance(t, Tensor) and t.dim() == 3
+        sizes = (batch, None, N) if grouped else (batch, N)
+        check_shape(op, name, t, sizes, "(B, N) or (B, G, N)", like=x)
+        if grouped and (t.shape[1] == 0 or channels[0] % t.shape[1]):
+            raise ValueError(
+                f"{op}: {name} has {t.shape[1]} groups; they must divide the {channels[0]}"
+                f" {'heads' if heads else 'channels'}"
+            )
+    if B.dim() != C.dim() or (B.dim() == 3 and B.shape[1] != C.shape[1]):
+        raise ValueError(
+            f"{op}: B is {tuple(B.shape)} and C is {tuple(C.shape)}; they must have the same groups"
+        )
+
+    def row(t: Tensor | None) -> Tensor | None:  # [B, D]
+        return None if t is None else t.flatten(1).contiguous()
+
+    def parameter(t: Tensor | None) -> Tensor | None:  # [D]
+        return None if t is None else t.float().flatten()
+
+    groups = [(t if t.dim() == 3 else t[:, None]).contiguous() for t in (B, C)]
+    A = A.float().reshape(-1, N).contiguous()
+    return state.flatten(1, -2), row(x), row(dt), A, *groups, parameter(D), row(z), parameter(dt_bias)

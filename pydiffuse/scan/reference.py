@@ -176,17 +176,22 @@ def selective_state_update(
     dt_bias: Tensor | None = None,
     dt_softplus: bool = False,
 ) -> Tensor:
-    """One step of `selective_scan`; `state` is overwritten by the new one."""
+    """One step of `selective_scan`; `state` is overwritten by the new one. Heads are more channels."""
 
-    def token(t: Tensor) -> Tensor:
-        return t.unsqueeze(-1)
+    def channels(t: Any, first: int) -> Any:
+        """Heads and channels, from dimension `first`, as one."""
+        return t if t is None or x.dim() == 2 else t.flatten(first, first + 1)
 
+    def token(t: Any) -> Any:
+        return None if t is None else t.unsqueeze(-1)
+
+    u, delta, gate = (token(channels(t, 1)) for t in (x, dt, z))
     y, last = selective_scan(
-        token(x), token(dt), A, token(B), token(C), D, None if z is None else token(z), dt_bias, dt_softplus,
-        True, initial_state=state,
+        u, delta, channels(A, 0), token(B), token(C), channels(D, 0), gate, channels(dt_bias, 0), dt_softplus,
+        True, initial_state=channels(state, 1),
     )  # fmt: skip
-    state.copy_(last)
-    return y.squeeze(-1)
+    state.copy_(last.view_as(state))
+    return y.view_as(x)
 
 
 def zigzag_mamba_inner(
@@ -206,17 +211,23 @@ def zigzag_mamba_inner(
     C_proj_bias: Tensor | None = None,
     delta_softplus: bool = True,
     *,
+    b_rms_weight: Tensor | None = None,
+    c_rms_weight: Tensor | None = None,
+    dt_rms_weight: Tensor | None = None,
+    b_c_dt_rms_eps: float = 1e-6,
     path: Path = None,
     reverse: bool = False,
     cu_seqlens: Tensor | Sequence[int] | None = None,
     layout: str = "bdl",
 ) -> Tensor:
     """Mamba's inner block in path order: x, z = xz; x = silu(conv(x)); delta, B, C = projections of x;
-    selective_scan; out_proj. Mamba, arXiv 2312.00752, figure 3; ZigMa, arXiv 2403.13802, section 3.2."""
+    selective_scan; out_proj. Mamba, arXiv 2312.00752, figure 3; ZigMa, arXiv 2403.13802, section 3.2.
+    The RMS norms of B, C and delta: Falcon Mamba, arXiv 2410.05355."""
     return inner_block(
         causal_conv1d, selective_scan, xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight,
         out_proj_weight, out_proj_bias, A, B, C, D, delta_bias, B_proj_bias, C_proj_bias, delta_softplus,
-        path=path, reverse=reverse, cu_seqlens=cu_seqlens, layout=layout,
+        b_rms_weight=b_rms_weight, c_rms_weight=c_rms_weight, dt_rms_weight=dt_rms_weight,
+        b_c_dt_rms_eps=b_c_dt_rms_eps, path=path, reverse=reverse, cu_seqlens=cu_seqlens, layout=layout,
     )  # fmt: skip
 
 
@@ -239,6 +250,10 @@ def inner_block(
     C_proj_bias: Tensor | None = None,
     delta_softplus: bool = True,
     *,
+    b_rms_weight: Tensor | None = None,
+    c_rms_weight: Tensor | None = None,
+    dt_rms_weight: Tensor | None = None,
+    b_c_dt_rms_eps: float = 1e-6,
     path: Path = None,
     reverse: bool = False,
     cu_seqlens: Tensor | Sequence[int] | None = None,
@@ -263,7 +278,18 @@ def inner_block(
         C = C if C_proj_bias is None else C + C_proj_bias.to(C.dtype)
     elif layout == "bdl":
         C = _channels_last(C)
+    if b_rms_weight is not None:
+        B = _rms_norm(B, b_rms_weight, b_c_dt_rms_eps)
+    if c_rms_weight is not None:
+        C = _rms_norm(C, c_rms_weight, b_c_dt_rms_eps)
+    if dt_rms_weight is not None:
+        delta = _rms_norm(delta, dt_rms_weight, b_c_dt_rms_eps)
     y = scan(x, delta, A, B, C, D, z, delta_bias, delta_softplus, **where)
     if out_proj_weight is not None:
         return F.linear(y, out_proj_weight, out_proj_bias)  # type: ignore[arg-type]
     return y if layout == "bld" else y.transpose(1, 2)  # type: ignore[union-attr]
+
+
+def _rms_norm(t: Tensor, weight: Tensor, eps: float) -> Tensor:
+    wide = _up(t)
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * _up(weight)).to(t.dtype)

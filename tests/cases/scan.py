@@ -212,7 +212,27 @@ def one_step(t: ScanMaker, *groups: int) -> tuple[tuple[Any, ...], dict[str, Any
     return (t.state(), row[0], row[1], t.A(), *weights, t.channels(), row[2], t.channels(), True), {}
 
 
+def low_step(t: ScanMaker) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """As a model in low precision has it: the state, D and dt_bias, too."""
+    args, kwargs = one_step(t)
+    return tuple(a if i in (3, 9) else t._to(a) for i, a in enumerate(args)), kwargs
+
+
+def heads_step(t: ScanMaker) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Mamba-2's: three heads in three groups; A, dt, D and dt_bias are shared within a head, and not copied."""
+    args, kwargs = one_step(t, 3)
+    state, x, dt, A, B, C, D, z, bias, softplus = args
+    x, z = (r.unflatten(1, (3, -1)) for r in (x, z))
+    dt, D, bias = (
+        r.unflatten(-1, (3, -1))[..., :1].expand(*r.shape[:-1], *x.shape[1:]) for r in (dt, D, bias)
+    )
+    A = A.unflatten(0, (3, -1))[:, :1, :1].expand(*x.shape[1:], A.shape[-1])
+    return (state.unflatten(1, (3, -1)), x, dt, A, B, C, D, z, bias, softplus), kwargs
+
+
 STEPS = [
     Case("selective_state_update", "mamba", one_step),
     Case("selective_state_update", "groups", lambda t: one_step(t, 3)),
+    Case("selective_state_update", "low", low_step),
+    Case("selective_state_update", "heads", heads_step),
 ]
