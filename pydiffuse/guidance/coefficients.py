@@ -41,7 +41,7 @@ def tcfg_of_many(G: Tensor, scales: Tensor, original: bool) -> Tensor:
     u = top_projector(G)[:, -1]
     total = scales.sum(1, keepdim=True)
     weights = torch.cat([scales, torch.zeros_like(total)], 1) - total * u
-    first = torch.eye(len(G[0]), dtype=scales.dtype, device=scales.device)[0]
+    first = torch.eye(G.shape[1], dtype=scales.dtype, device=scales.device)[0]
     return weights + (first if original else u)
 
 
