@@ -37,7 +37,7 @@ def superpose(
     if l.shape not in ((B, k), (k,)):
         raise ValueError(f"superpose: log_density is {describe(l)}; accepted: ({B}, {k}) or ({k},)")
     if not np.all(numbers("superpose", "step", step) > 0):
-        raise ValueError(f"superpose: step is {step}; accepted: > 0, a number or ({B},)")
+        raise ValueError(f"superpose: step is {step!r}; accepted: > 0, a number or ({B},)")
     r = _column("step", step, B)
     w = _column("scale", 1.0 if uncond is None else scale, B)
     inner = G[:, :k, :k]
