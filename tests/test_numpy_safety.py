@@ -24,6 +24,12 @@ u = c[::-1].copy()
 """
 
 
+def read_only(a):
+    a = a.copy()
+    a.flags.writeable = False
+    return a
+
+
 def run(code: str, **environment: str) -> str:
     """What a process of its own prints; it hangs for a minute at most."""
     env = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "LD_PRELOAD")}
@@ -93,6 +99,72 @@ def test_unknown_rules_and_counts():
     ):
         with pytest.raises(ValueError, match=word):
             _host.guide([C.copy()], preds, None, None, None, rule, params, False, None, [], 1)
+
+
+X = np.ones((2, 3, 4, 4), np.float32)
+LEVELS = np.full((2, 4), 0.5, np.float32)
+GRID, STEP = [3, 1, 4, 4, 1, 2, 2], (0, 0, 0, 0, 1, 3)
+MIX = ["patch_step", [X.copy()], None, [X, X], LEVELS, LEVELS, None, None, None, GRID, STEP, 1.0, 1.0]
+SELECT = [
+    "select_patches", np.empty((4, 2), int), np.empty((4, 3), int), None, None, C[:, :5].copy(), 2, None, None
+]  # fmt: skip
+TOKENS, ROWS = C[:, :5].copy(), np.zeros(4, np.int32)
+MODULATE = [TOKENS.copy(), None, TOKENS, None, np.ones((2, 2, 5), np.float32), ROWS, 1, 1e-6, False]
+IDS = np.zeros((2, 3), np.int32)
+GATHER = [np.empty((2, 3, 16), np.float32), X.reshape(2, 3, 16), IDS]
+SCATTER = [GATHER[1].copy(), GATHER[1], GATHER[0], IDS, None]
+
+
+@pytest.mark.parametrize(
+    ("function", "usual", "place", "wrong"),
+    [
+        ("mix_patches", MIX, 1, [X[:1].copy()]),
+        ("mix_patches", MIX, 1, [X.copy(), X.copy()]),
+        ("mix_patches", MIX, 2, np.empty((2, 3), np.float32)),
+        ("mix_patches", MIX, 3, [X, X[..., :2]]),
+        ("mix_patches", MIX, 3, [X]),
+        ("mix_patches", MIX, 3, []),
+        ("mix_patches", MIX, 4, LEVELS[:, :3]),
+        ("mix_patches", MIX, 4, LEVELS + 1),
+        ("mix_patches", MIX, 4, LEVELS.astype(np.float64)),
+        ("mix_patches", MIX, 5, None),
+        ("mix_patches", MIX, 7, np.ones((2, 3), bool)),
+        ("mix_patches", MIX, 8, np.ones(3, np.float32)),
+        ("mix_patches", MIX, 9, [3, 1, 4, 4, 1, 3, 2]),
+        ("mix_patches", MIX, 9, [3, 1, 4, 8, 1, 2, 2]),
+        ("mix_patches", MIX, 9, [-3, -1, 4, 4, 1, 2, 2]),
+        ("mix_patches", MIX, 10, (0, 0, 0, 9, 1, 3)),
+        ("mix_patches", MIX, 10, (0, 0, 0, 0, 4, 3)),
+        ("select_patches", SELECT, 1, None),
+        ("select_patches", SELECT, 1, np.empty((4, 1), int)),
+        ("select_patches", SELECT, 3, np.empty((4, 4), bool)),
+        ("select_patches", SELECT, 4, np.empty((2, 4, 5), np.float32)),
+        ("select_patches", SELECT, 5, C[:, ::6000]),
+        ("select_patches", SELECT, 6, 6),
+        ("select_patches", SELECT, 6, -1),
+        ("modulate", MODULATE, 0, read_only(TOKENS)),
+        ("modulate", MODULATE, 1, TOKENS[:3].copy()),
+        ("modulate", MODULATE, 3, TOKENS),  # and the table has no gate
+        ("modulate", MODULATE, 4, np.ones((2, 2, 4), np.float32)),
+        ("modulate", MODULATE, 5, ROWS + 2),
+        ("modulate", MODULATE, 5, ROWS - 1),
+        ("modulate", MODULATE, 5, ROWS[:3]),
+        ("modulate", MODULATE, 6, 3),
+        ("gather_tokens", GATHER, 0, np.empty((2, 4, 16), np.float32)),
+        ("gather_tokens", GATHER, 1, GATHER[1][:1]),
+        ("gather_tokens", GATHER, 1, GATHER[1].astype(np.float16)),
+        ("gather_tokens", GATHER, 2, IDS + 3),
+        ("gather_tokens", GATHER, 2, IDS.astype(np.int64)),
+        ("scatter_tokens", SCATTER, 1, GATHER[1][:, :2].copy()),
+        ("scatter_tokens", SCATTER, 2, GATHER[0][:, :2].copy()),
+        ("scatter_tokens", SCATTER, 3, IDS - 1),
+        ("scatter_tokens", SCATTER, 4, np.ones((2, 2), np.float32)),
+    ],
+)
+def test_bindings_look_before_they_read(function, usual, place, wrong):
+    getattr(_host, function)(*usual)
+    with pytest.raises(ValueError):
+        getattr(_host, function)(*usual[:place], wrong, *usual[place + 1 :])
 
 
 def test_the_number_of_threads_changes_under_calls():

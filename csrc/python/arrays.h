@@ -44,10 +44,13 @@ inline DType dtype_of(const Array& a) {
   throw py::type_error("accepted: float32, bfloat16, float16; given " + name);
 }
 
+inline bool is_aligned(const Array& a) {
+  return a.flags() & py::detail::npy_api::NPY_ARRAY_ALIGNED_;
+}
+
 // The memory of a C-contiguous array, to read or to write.
 inline void* memory_of(const Array& a, bool written = false) {
-  constexpr int fits = int(Array::c_style) | int(py::detail::npy_api::NPY_ARRAY_ALIGNED_);
-  require((a.flags() & fits) == fits, "arrays must be C-contiguous and aligned");
+  require((a.flags() & Array::c_style) && is_aligned(a), "arrays must be C-contiguous and aligned");
   require(!written || a.writeable(), "an array to write to is read-only");
   return const_cast<void*>(a.data());
 }
@@ -104,7 +107,10 @@ void unlocked(const F& compute) {
 }
 
 // Each family's functions, in the module.
+void bind_adaln(py::module_&);
 void bind_guidance(py::module_&);
+void bind_patch(py::module_&);
+void bind_routing(py::module_&);
 void bind_floors(py::module_&);
 
 }  // namespace pydiffuse

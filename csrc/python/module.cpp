@@ -7,6 +7,9 @@ using namespace pydiffuse;
 PYBIND11_MODULE(_host, m) {
   m.doc() = "The CPU kernels of pydiffuse on NumPy arrays; pydiffuse.numpy is their public face.";
   bind_guidance(m);
+  bind_patch(m);
+  bind_adaln(m);
+  bind_routing(m);
   bind_floors(m);
   m.def("capability", &capability_name, "The instruction set in use: default, avx2 or avx512.");
   m.def("threads", &thread_count, "How many threads share a call.");

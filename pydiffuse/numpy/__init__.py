@@ -11,6 +11,7 @@ OMP_NUM_THREADS says or, without it, as this process may use CPUs. `set_num_thre
 """
 
 from pydiffuse import _host
+from pydiffuse.numpy.adaln import embed_t, gate_residual_modulate, modulate
 from pydiffuse.numpy.guidance import (
     apg,
     cfg,
@@ -25,6 +26,9 @@ from pydiffuse.numpy.guidance import (
     slerp,
     tcfg,
 )
+from pydiffuse.numpy.levels import next_t, sample_t
+from pydiffuse.numpy.patch import convert, dual_loop_t, noise_patches, patch_step, select_patches
+from pydiffuse.numpy.routing import channel_mask, gather_tokens, route, scatter_tokens
 from pydiffuse.numpy.superpose import superpose
 
 cpu_capability = _host.capability
@@ -35,15 +39,29 @@ __all__ = [
     "apg",
     "cfg",
     "cfg_zero",
+    "channel_mask",
     "combine",
     "compose",
+    "convert",
     "cpu_capability",
+    "dual_loop_t",
+    "embed_t",
+    "gate_residual_modulate",
+    "gather_tokens",
     "gram",
     "guide",
     "magnitude_aware",
+    "modulate",
+    "next_t",
+    "noise_patches",
     "num_threads",
+    "patch_step",
     "perp_neg",
     "rescale",
+    "route",
+    "sample_t",
+    "scatter_tokens",
+    "select_patches",
     "set_num_threads",
     "slerp",
     "superpose",

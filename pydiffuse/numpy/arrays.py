@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -84,6 +86,87 @@ def sequence(op: str, argument: str, values: Any, least: int = 1) -> list[Any]:
     return list(values)
 
 
+def name(op: str, argument: str, value: Any, accepted: Sequence[str | None]) -> int:
+    """The code of a name: its place among those that are accepted."""
+    if not isinstance(value, str | None) or value not in accepted:
+        raise ValueError(f"{op}: {argument} is {value!r}; accepted: {', '.join(map(repr, accepted))}")
+    return tuple(accepted).index(value)
+
+
+def count(op: str, argument: str, value: Any, least: int = 0, most: int | None = None) -> int:
+    """An int or one of NumPy's integers."""
+    if not isinstance(value, bool | np.bool_) and hasattr(value, "__index__"):
+        n = operator.index(value)
+        if n >= least and (most is None or n <= most):
+            return n
+    upwards = "or more" if most is None else f"to {most}"
+    raise ValueError(f"{op}: {argument} is {value!r}; accepted: an int, {least} {upwards}")
+
+
+def flag(op: str, argument: str, value: Any) -> bool:
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{op}: {argument} is {value!r}; accepted: True or False")
+    return bool(value)
+
+
+def finite(op: str, argument: str, value: Any) -> float:
+    if isinstance(value, bool | np.bool_) or not isinstance(value, int | float | np.number):
+        raise ValueError(f"{op}: {argument} is {value!r}; accepted: a finite number")
+    if not math.isfinite(value):  # type: ignore[arg-type]
+        raise ValueError(f"{op}: {argument} is {value!r}; accepted: a finite number")
+    return float(value)  # type: ignore[arg-type]
+
+
+def per_patch(op: str, argument: str, value: Any, batch: int, patches: int) -> Array:
+    """A value for every patch, float32 [B, N], from a number, (B,) or (B, N); not always contiguous."""
+    given = array_of(op, argument, value)
+    if given.dtype.kind not in "fiu" and given.dtype.name != "bfloat16":
+        raise TypeError(f"{op}: {argument} is {describe(value)}; accepted: a number, (B,) or (B, N)")
+    if given.shape not in ((), (batch,), (batch, patches)):
+        raise ValueError(
+            f"{op}: {argument} has shape {given.shape}; accepted: a number, ({batch},) or"
+            f" ({batch}, {patches}), a value for each of the {patches} patches"
+        )
+    table = given.astype(np.float32, copy=False)
+    table = table if table.flags.aligned else table.copy()
+    return np.broadcast_to(table[:, None] if table.ndim == 1 else table, (batch, patches))
+
+
+def integers(op: str, argument: str, value: Any) -> Array:
+    given = array_of(op, argument, value)
+    if given.dtype.kind not in "iu" and given.size:
+        raise TypeError(f"{op}: {argument} is {describe(value)}; accepted: integers")
+    return given
+
+
+def within(op: str, argument: str, given: Array, most: int, what: str) -> None:
+    """Integers of 0 to `most` - 1, before they become narrower ones."""
+    if given.size and (given.min() < 0 or given.max() >= most):
+        found = given.min() if given.min() < 0 else given.max()
+        raise ValueError(f"{op}: {argument} holds {found}; accepted: 0 to {most - 1}, {what}")
+
+
+def as_int32(given: Array) -> Array:
+    return laid_out(given.astype(np.int32, copy=False))
+
+
+def broadcasts(op: str, argument: str, given: Array, shape: Shape, what: str) -> Array:
+    try:
+        return np.broadcast_to(given, shape)
+    except ValueError:
+        raise ValueError(
+            f"{op}: {argument} has shape {given.shape}; accepted: what broadcasts to {shape}, {what}"
+        ) from None
+
+
+def generator_of(op: str, generator: Any) -> np.random.Generator:
+    if generator is None:
+        return np.random.default_rng()
+    if not isinstance(generator, np.random.Generator):
+        raise TypeError(f"{op}: generator is {describe(generator)}; accepted: a numpy.random.Generator")
+    return generator
+
+
 class Outputs:
     """What a call returns: the arrays of `out=`, or new ones.
 
@@ -96,24 +179,25 @@ class Outputs:
         op: str,
         out: Any,
         likes: Sequence[tuple[Shape, Any]],
-        inputs: Iterable[Array | None] = (),
         *,
-        in_place: bool = False,
+        same: Iterable[Array | None] = (),
+        read: Iterable[Array | None] = (),
     ) -> None:
-        """likes: shape and dtype of each result. in_place: the kernels may write over an input, element by
-        element."""
+        """likes: shape and dtype of each result. same, read: the arrays that are read; the kernels may write
+        over those in `same`, element by element."""
         self.given: list[Array | None] = [None] * len(likes)
         if out is not None:
             if len(likes) > 1 and (not isinstance(out, tuple | list) or len(out) != len(likes)):
                 raise TypeError(f"{op}: out is {describe(out)}; accepted: a tuple of {len(likes)} arrays")
             self.given = list(out) if isinstance(out, tuple | list) and len(likes) > 1 else [out]
-        read = [a for a in inputs if a is not None]
+        over = [a for a in same if a is not None]
+        apart = [a for a in read if a is not None]
         self.arrays = []
         for i, (o, (shape, dtype)) in enumerate(zip(self.given, likes, strict=True)):
             name = "out" if len(likes) == 1 else f"out[{i}]"
             if o is not None:
                 _check_out(op, name, o, shape, np.dtype(dtype), self.given[:i])
-            fits = o is not None and _writable(o, read, in_place)
+            fits = o is not None and _writable(o, over, apart)
             self.arrays.append(o if fits and o is not None else np.empty(shape, dtype))
 
     def results(self) -> Any:
@@ -146,11 +230,11 @@ def shares(a: Array, b: Array) -> bool:
         return True
 
 
-def _writable(o: Array, read: Sequence[Array], in_place: bool) -> bool:
+def _writable(o: Array, over: Sequence[Array], apart: Sequence[Array]) -> bool:
     if not (o.flags.c_contiguous and o.flags.aligned and o.dtype.isnative):
         return False
-    for a in read:
-        same = in_place and a.ctypes.data == o.ctypes.data and a.dtype == o.dtype and a.shape == o.shape
+    for a in over:
+        same = a.ctypes.data == o.ctypes.data and a.dtype == o.dtype and a.shape == o.shape
         if not same and np.may_share_memory(a, o):
             return False
-    return True
+    return not any(np.may_share_memory(a, o) for a in apart)

@@ -149,21 +149,27 @@ def rescale(guided: Array, cond: Array, factor: Scalar, *, out: Array | None = N
 
 def gram(preds: Sequence[Array], *, sums: bool = False) -> Any:
     """G[b,i,j] = <p_i, p_j> in float64; with `sums`, also the sums (B, k)."""
-    G, totals = _host.gram(_predictions("gram", sequence("gram", "preds", preds)))
+    G, totals = _host.gram(predictions("gram", sequence("gram", "preds", preds)))
     return (G, totals) if sums else G
 
 
 def combine(preds: Sequence[Array], coefficients: ArrayLike, *, out: Array | None = None) -> Array:
     """sum_i c[b,i] p_i, coefficients (B, k) or (k,)."""
-    arrays = _predictions("combine", sequence("combine", "preds", preds))
+    arrays = predictions("combine", sequence("combine", "preds", preds))
     shape = (len(arrays[0]), len(arrays))
     given = numbers("combine", "coefficients", coefficients)
     if given.shape not in (shape, shape[1:]):
         raise ValueError(
             f"combine: coefficients has shape {given.shape}; accepted: {shape} or {shape[1:]}"
         )
-    matrix = np.broadcast_to(given, shape)[:, None].copy()
-    outs = Outputs("combine", out, [(arrays[0].shape, arrays[0].dtype)], arrays, in_place=True)
+    return mixed("combine", arrays, given, out)
+
+
+def mixed(op: str, arrays: list[Array], coefficients: Array, out: Array | None) -> Array:
+    """coefficients: float64, (B, k) or (k,)."""
+    shape = (len(arrays[0]), len(arrays))
+    matrix = np.broadcast_to(coefficients, shape)[:, None].copy()
+    outs = Outputs(op, out, [(arrays[0].shape, arrays[0].dtype)], same=arrays)
     _host.mix(outs.arrays, arrays, matrix)
     return outs.results()
 
@@ -203,7 +209,7 @@ def guide(
     return _value(rule, preds, values, original, rescale, out, update, extras, emit, "guide")
 
 
-def _predictions(op: str, preds: Sequence[Any]) -> list[Array]:
+def predictions(op: str, preds: Sequence[Any]) -> list[Array]:
     if not 1 <= len(preds) <= MAX_PREDS:
         raise ValueError(f"{op}: {len(preds)} predictions; accepted: 1 to {MAX_PREDS}")
     first = floats(op, "the first prediction", preds[0])
@@ -234,7 +240,7 @@ def _tcfg_of_many(
     scales = _columns("tcfg", scale if isinstance(scale, Sequence) else [scale] * m, m)
     if m == 1:
         return _value("tcfg", (*conds, uncond), scales, original, rescale, out)
-    preds = _predictions("tcfg", [*conds, uncond])
+    preds = predictions("tcfg", [*conds, uncond])
     B = len(preds[0])
     w = np.stack([np.broadcast_to(scalar("tcfg", "scale", v, B), B) for v in scales], 1)
     u = _top_projector(gram(preds))[:, -1]  # (B, m + 1)
@@ -275,7 +281,7 @@ def _value(
     op = op or rule
     if len(preds) not in row.counts:
         raise ValueError(f"{op}: {len(preds)} predictions; accepted: ({', '.join(row.preds)})")
-    arrays = _predictions(op, preds)
+    arrays = predictions(op, preds)
     first, B = arrays[0], len(arrays[0])
     x, history, noise = (
         None if t is None else floats(op, name, t, like=first)
@@ -294,7 +300,7 @@ def _value(
     likes = [(like.shape, like.dtype)] * (emit & ~EMIT_STATE).bit_count()
     if emit & EMIT_STATE:
         likes.append((first.shape, first.dtype))
-    outs = Outputs(op, out, likes, (*arrays, x, history, noise), in_place=True)
+    outs = Outputs(op, out, likes, same=(*arrays, x, history, noise))
     rescaled = params[7] != 0.0 or 7 in varied
     _host.guide(
         outs.arrays, arrays, x, history, noise, row.code, params, rescaled, table, list(varied), emit

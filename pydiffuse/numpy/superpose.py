@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from pydiffuse import _host
 from pydiffuse.numpy.arrays import Array, Scalar, describe, numbers, scalar, sequence
-from pydiffuse.numpy.guidance import combine, gram
+from pydiffuse.numpy.guidance import mixed, predictions
 
 
 def superpose(
@@ -29,7 +30,8 @@ def superpose(
     See pydiffuse.superpose; `out` is where the mixture goes.
     """
     preds = sequence("superpose", "preds", preds)
-    G = gram([*preds, *(t for t in (uncond, noise) if t is not None)])
+    arrays = predictions("superpose", [*preds, *(t for t in (uncond, noise) if t is not None)])
+    G, _ = _host.gram(arrays)
     B, k = len(G), len(preds)
     if kind not in ("or", "and"):
         raise ValueError(f"superpose: unknown kind {kind!r}; accepted: 'or', 'and'")
@@ -51,9 +53,9 @@ def superpose(
     else:
         weights = _balanced(inner, (fixed + bias) / (r * w))
     new = l + r * w * np.einsum("bij,bj->bi", inner, weights) + fixed
-    if uncond is None:
-        return combine(preds, weights, out=out), new
-    return combine([*preds, uncond], np.concatenate([w * weights, 1 - w], 1), out=out), new
+    if uncond is not None:
+        weights = np.concatenate([w * weights, 1 - w], 1)
+    return mixed("superpose", arrays[: weights.shape[1]], weights, out), new
 
 
 def _column(argument: str, value: Any, batch: int) -> Array:
