@@ -10,6 +10,7 @@ import ast
 import importlib.util
 import inspect
 import re
+import runpy
 import sys
 import types
 from pathlib import Path
@@ -214,8 +215,12 @@ def test_modulate(kernel, norm, affine):
     for op in ("modulate", "gate_residual_modulate"):
         given = (x, branch, table, *more)
         assert both(call(kernel, op), call(adaln_reference, op), given) < 1e-5
+        none = call(kernel, op)(x[:, :0], branch[:, :0], table, *more)
+        assert (none if op == "modulate" else none[0]).shape == (2, 0, 24)
     with pytest.raises(ValueError, match=r"table has shape \(3, 3, 24\); accepted: \(K, 2, 24\)"):
         kernel.modulate(x, table, rows)
+    with pytest.raises(RuntimeError, match="rows holds 3; accepted: 0 to 2"):
+        kernel.modulate(x, table[:, :2], rows + 1)
     with pytest.raises(ValueError, match="norm is 'batch'"):
         kernel.modulate(x, table[:, :2], rows, norm="batch")
 
@@ -316,3 +321,10 @@ def test_kernelize(built):
             assert relative_error(first[0].detach(), first[1].detach()) < 1e-6
             first[0].sum().backward()
             assert model.linear.weight.grad.any()
+
+
+def test_the_example(built, capsys):
+    script = runpy.run_path(str(ROOT / "examples" / "hub_kernel.py"))
+    script["main"](["--tokens", "8", "--width", "64", "--runs", "1", "--kernel", str(built[1].parent)])
+    told = capsys.readouterr().out
+    assert told.count("ms before") == 2 and float(re.search("apart by (.*) at most", told)[1]) < 1e-5
