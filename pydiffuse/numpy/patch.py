@@ -193,7 +193,8 @@ def select_patches(score: Array, k: int, *, as_mask: bool = False, out: Any = No
         _host.select_patches(op, None, None, outs.arrays[0], None, score, k, None, None)
     else:
         outs = Outputs(op, out, [((B, k), np.int64), ((B, N - k), np.int64)], read=(score,))
-        _host.select_patches(op, *outs.arrays, None, None, score, k, None, None)
+        ids, rest = outs.arrays
+        _host.select_patches(op, ids, rest, None, None, score, k, None, None)
     return outs.results()
 
 
