@@ -23,7 +23,7 @@ from pydiffuse._core.rules import RULES
 from pydiffuse.adaln.arguments import NORMS
 from pydiffuse.reference import adaln as adaln_reference
 from pydiffuse.reference import guidance as guidance_reference
-from tests.helpers import relative_error
+from tests.helpers import leaves, relative_error
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "torch-ext" / "pydiffuse"
@@ -257,6 +257,8 @@ def norms():
             (module.AdaLayerNormContinuous(16, 16, **options), (x, emb))
             for options in ({}, {"elementwise_affine": False, "eps": 1e-6}, {"norm_type": "rms_norm"})
         ],
+        "LuminaRMSNormZero": [(module.LuminaRMSNormZero(16, 1e-5, True), (x, emb))],
+        "SD35AdaLayerNormZeroX": [(module.SD35AdaLayerNormZeroX(16), (x, emb))],
     }
 
 
@@ -278,6 +280,11 @@ def test_layers_do_what_diffusers_do(kernel):
                 else zip(found, expected, strict=True)
             )
             assert all(relative_error(a.detach(), b.detach()) < 1e-6 for a, b in pairs)
+            mine, theirs = (
+                torch.autograd.grad(sum(o.square().sum() for o in leaves(out)), list(model.parameters()))
+                for out in (found, expected)
+            )
+            assert max(map(relative_error, mine, theirs)) < 1e-5
     with pytest.raises(TypeError, match="accepted: LayerNorm or RMSNorm of tokens"):
         layer.forward(examples[0][0], inputs[0][:, None], inputs[1])
 
