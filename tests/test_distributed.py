@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pydiffuse import distributed
+from pydiffuse import distributed, plans
+from pydiffuse.distributed import slices
 from tests.cases import ranks
 from tests.helpers import check_refused
 from tests.ranks import Processes
@@ -41,3 +42,57 @@ def test_errors_of_one_process():
     t = torch.randn(2, 8)
     check_refused(lambda: distributed.tcfg(t, t, 3.0), RuntimeError, ["tcfg", "init_process_group"])
     check_refused(lambda: distributed.set_timeout(0), ValueError, ["set_timeout", "0"])
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize(
+    "cases", ["conv_cases", "scan_cases", "inner_case", "attention_cases", "reorder_case"]
+)
+def test_tokens(processes, size, cases):
+    processes.run(size, getattr(ranks, cases))
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        plans.causal(100),
+        plans.block_causal(5, 20),
+        plans.frames(5, 20, 2),
+        plans.local(100, 9),
+        plans.per_head([plans.causal(100), plans.local(100, 30)]),
+        plans.sliding_tile((10, 10), (5, 2), (5, 6)),
+    ],
+    ids=lambda plan: plan.name,
+)
+@pytest.mark.parametrize("ranks", [1, 2, 3, 7])
+def test_split_gives_equal_work(plan, ranks):
+    each = distributed.split(plan, ranks)
+    assert len(each) == ranks and sum(each) == 100 and min(each) > 0
+    rows = slices.without_order(plan).to_dense().double().sum((0, 2))
+    work = [part.sum().item() for part in rows.split(each)]
+    assert max(work) <= rows.sum() / ranks + rows.max()
+
+
+def test_parts_of_a_plan():
+    """What is cut out of a plan is what it says, on the keys that are seen."""
+    plan = plans.per_head([plans.causal(60), plans.local(60, 9)])
+    dense = plan.to_dense()
+    for queries in ((0, 60), (7, 31), (31, 60)):
+        for keys in ((0, 60), (0, 5), (13, 44)):
+            want = dense[:, slice(*queries), slice(*keys)]
+            seen = want.any((0, 1))
+            found = slices.part(plan, queries, keys)
+            if found is None:
+                assert not seen.any()
+                continue
+            which = torch.arange(keys[1] - keys[0]) if found.keys is None else found.keys
+            assert torch.equal(which, seen.nonzero()[:, 0]) and found.number == len(which)
+            assert torch.equal(found.plan.to_dense().expand(2, -1, -1), want[:, :, which])
+    assert slices.part(plan, (0, 5), (5, 60)) is not None  # the window of the second head
+    assert slices.part(plans.causal(60), (0, 5), (5, 60)) is None
+
+
+def test_split_refuses(processes):
+    check_refused(lambda: distributed.split(3, 2), TypeError, ["split", "plan", "TilePlan"])
+    check_refused(lambda: distributed.split(plans.causal(8), 0), ValueError, ["split", "ranks", "0"])
+    processes.run(2, ranks.token_errors)
