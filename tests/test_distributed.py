@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -11,12 +16,36 @@ from tests.cases import ranks
 from tests.helpers import check_refused
 from tests.ranks import Processes
 
+ROOT = Path(__file__).parent.parent
+
 
 @pytest.fixture(scope="module")
 def processes():
     found = Processes()
     yield found
     found.stop()
+
+
+def test_the_example_trains_as_one_process(processes):
+    one, *_ = processes.run(1, ranks.train, 6)
+    assert one[-1] < one[0]
+    for size in (2, 4):
+        for losses in processes.run(size, ranks.train, 6):
+            torch.testing.assert_close(losses, one, rtol=2e-5, atol=0)
+
+
+def test_the_example_goes_on_after_a_rank_was_lost(processes, tmp_path):
+    """torchrun starts the ranks again, which go on from the last checkpoint: the same losses."""
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=3", "--standalone",
+        ROOT / "examples" / "distributed" / "train.py", "--steps=6", "--every=2", "--fail-at=5", "--folder", tmp_path,
+    ]  # fmt: skip
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    losses = next(line for line in done.stdout.splitlines() if "losses:" in line).split()[3:]
+    whole, _ = processes.run(2, ranks.train, 6)
+    assert losses == [f"{loss:.6f}" for loss in whole[4:]]
 
 
 @pytest.mark.parametrize("size", [2, 4])

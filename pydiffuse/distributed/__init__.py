@@ -49,6 +49,7 @@ if TYPE_CHECKING:
         superpose,
         tcfg,
     )
+    from pydiffuse.distributed.modules import split_tokens
     from pydiffuse.distributed.scan import selective_scan, zigzag_mamba_inner
     from pydiffuse.distributed.slices import split
     from pydiffuse.distributed.tokens import reorder
@@ -58,6 +59,7 @@ _MODULES = {
     "comm": ("count_bytes", "set_timeout", "sum_gradients"),
     "conv": ("causal_conv1d",),
     "guidance": _GUIDANCE,
+    "modules": ("split_tokens",),
     "scan": ("selective_scan", "zigzag_mamba_inner"),
     "slices": ("split",),
     "tokens": ("reorder",),
@@ -83,6 +85,7 @@ __all__ = [
     "set_timeout",
     "slerp",
     "split",
+    "split_tokens",
     "sum_gradients",
     "superpose",
     "tcfg",

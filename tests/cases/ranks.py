@@ -469,3 +469,10 @@ def token_errors(group: dist.ProcessGroup) -> None:
         "rank 1" if rank == 0 else "8",
     )
     assert conv(t).shape == t.shape and attend(q).shape == q.shape, rank
+
+
+def train(group: dist.ProcessGroup, steps: int) -> list[float]:
+    """The losses of the example."""
+    from examples.distributed.train import train
+
+    return train(steps, group=group)
