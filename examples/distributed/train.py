@@ -20,6 +20,7 @@ import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.rendezvous import rendezvous
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
@@ -115,6 +116,14 @@ def load(folder: Path | None, model: Split, optimizer: torch.optim.Optimizer) ->
     return int(saved[-1].parent.name)
 
 
+def join() -> None:
+    """init_process_group with what torchrun sets. Its store outlives a restart (torch 2.13), and the addresses of the
+    ranks before would be found in it: each start has keys of its own."""
+    store, rank, ranks = next(rendezvous("env://"))
+    store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--steps", type=int, default=100)
@@ -125,7 +134,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    dist.init_process_group("gloo")
+    join()
     last = dist.get_rank() == dist.get_world_size() - 1
     first_time = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
     losses = train(
