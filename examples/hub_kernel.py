@@ -32,21 +32,21 @@ def milliseconds(model: torch.nn.Module, x: torch.Tensor, emb: torch.Tensor, run
     return [1e3 * min(timeit.repeat(call, number=1, repeat=runs)) for call in (forward, both)]
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     for name, size in (("tokens", 4096), ("width", 1536), ("runs", 10)):
         parser.add_argument(f"--{name}", type=int, default=size)
-    args = parser.parse_args()
-    folder = ROOT / "build" / "hub"
-    if not folder.exists():
+    parser.add_argument("--kernel", type=Path, default=ROOT / "build" / "hub")
+    args = parser.parse_args(argv)
+    if not args.kernel.exists():
         print("building, in about a minute")
-        runpy.run_path(str(ROOT / "torch-ext" / "build.py"))["build"](folder)
+        runpy.run_path(str(ROOT / "torch-ext" / "build.py"))["build"](args.kernel)
     torch.manual_seed(0)
     model = AdaLayerNormZero(args.width)
     x, emb = torch.randn(2, args.tokens, args.width, requires_grad=True), torch.randn(2, args.width)
     expected, before = model(x, emb=emb)[0], milliseconds(model, x, emb, args.runs)
     kernels.replace_kernel_forward_from_hub(AdaLayerNormZero, NAME)
-    mapping = {NAME: {"cpu": kernels.LocalLayerRepository(folder, layer_name=NAME)}}
+    mapping = {NAME: {"cpu": kernels.LocalLayerRepository(args.kernel, layer_name=NAME)}}
     with kernels.use_kernel_mapping(mapping, inherit_mapping=False):
         kernels.kernelize(model, mode=kernels.Mode.TRAINING, device="cpu", use_fallback=False)
     found, after = model(x, emb=emb)[0], milliseconds(model, x, emb, args.runs)

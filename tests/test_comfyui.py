@@ -278,6 +278,19 @@ def test_other_attention_goes_on_unchanged():
     assert relative_error(out, dense(q, k, v, smaller)) < 2e-6
 
 
+def test_under_torch_compile():
+    """The graph breaks at attention; what is around it is compiled."""
+    model = attention.tile_attention(Model(), PLAN)
+    q, k, v = torch.randn(3, 1, 2, S, 8)
+
+    def block(q, k, v):
+        out = override_of(model)(unexpected, 2 * q, k, v, 2, skip_reshape=True, skip_output_reshape=True)
+        return 3 * out
+
+    compiled = torch.compile(block, backend="eager")
+    assert relative_error(compiled(q, k, v), 3 * dense(2 * q, k, v, PLAN)) < 2e-6
+
+
 def test_a_run_without_the_plans_length_is_an_error():
     x = torch.zeros(1, 1, 1, 1)
 

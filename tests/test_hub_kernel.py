@@ -10,6 +10,7 @@ import ast
 import importlib.util
 import inspect
 import re
+import runpy
 import sys
 import types
 from pathlib import Path
@@ -22,7 +23,7 @@ from pydiffuse._core.rules import RULES
 from pydiffuse.adaln.arguments import NORMS
 from pydiffuse.reference import adaln as adaln_reference
 from pydiffuse.reference import guidance as guidance_reference
-from tests.helpers import relative_error
+from tests.helpers import leaves, relative_error
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "torch-ext" / "pydiffuse"
@@ -214,8 +215,12 @@ def test_modulate(kernel, norm, affine):
     for op in ("modulate", "gate_residual_modulate"):
         given = (x, branch, table, *more)
         assert both(call(kernel, op), call(adaln_reference, op), given) < 1e-5
+        none = call(kernel, op)(x[:, :0], branch[:, :0], table, *more)
+        assert (none if op == "modulate" else none[0]).shape == (2, 0, 24)
     with pytest.raises(ValueError, match=r"table has shape \(3, 3, 24\); accepted: \(K, 2, 24\)"):
         kernel.modulate(x, table, rows)
+    with pytest.raises(RuntimeError, match="rows holds 3; accepted: 0 to 2"):
+        kernel.modulate(x, table[:, :2], rows + 1)
     with pytest.raises(ValueError, match="norm is 'batch'"):
         kernel.modulate(x, table[:, :2], rows, norm="batch")
 
@@ -252,6 +257,8 @@ def norms():
             (module.AdaLayerNormContinuous(16, 16, **options), (x, emb))
             for options in ({}, {"elementwise_affine": False, "eps": 1e-6}, {"norm_type": "rms_norm"})
         ],
+        "LuminaRMSNormZero": [(module.LuminaRMSNormZero(16, 1e-5, True), (x, emb))],
+        "SD35AdaLayerNormZeroX": [(module.SD35AdaLayerNormZeroX(16), (x, emb))],
     }
 
 
@@ -273,6 +280,11 @@ def test_layers_do_what_diffusers_do(kernel):
                 else zip(found, expected, strict=True)
             )
             assert all(relative_error(a.detach(), b.detach()) < 1e-6 for a, b in pairs)
+            mine, theirs = (
+                torch.autograd.grad(sum(o.square().sum() for o in leaves(out)), list(model.parameters()))
+                for out in (found, expected)
+            )
+            assert max(map(relative_error, mine, theirs)) < 1e-5
     with pytest.raises(TypeError, match="accepted: LayerNorm or RMSNorm of tokens"):
         layer.forward(examples[0][0], inputs[0][:, None], inputs[1])
 
@@ -316,3 +328,10 @@ def test_kernelize(built):
             assert relative_error(first[0].detach(), first[1].detach()) < 1e-6
             first[0].sum().backward()
             assert model.linear.weight.grad.any()
+
+
+def test_the_example(built, capsys):
+    script = runpy.run_path(str(ROOT / "examples" / "hub_kernel.py"))
+    script["main"](["--tokens", "8", "--width", "64", "--runs", "1", "--kernel", str(built[1].parent)])
+    told = capsys.readouterr().out
+    assert told.count("ms before") == 2 and float(re.search("apart by (.*) at most", told)[1]) < 1e-5

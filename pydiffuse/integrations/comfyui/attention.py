@@ -76,6 +76,7 @@ def tile_attention(model: Any, plan: TilePlan) -> Any:
     options = patched.model_options.setdefault("transformer_options", {})
     before = options.get("optimized_attention_override")
 
+    @torch.compiler.disable
     def override(function: Any, *args: Any, **kwargs: Any) -> Any:
         call = _Call(*args, **{name: kwargs[name] for name in _Call._fields if name in kwargs})
         seen.add(call.lengths)

@@ -40,6 +40,25 @@ class AdaLayerNormContinuous(nn.Module):
         return _normed(self.norm, x, shift, scale)
 
 
+class SD35AdaLayerNormZeroX(nn.Module):
+    has_backward = True
+    can_torch_compile = True
+
+    def forward(self, hidden_states, emb=None):
+        shift, scale, gate, *mlp, shift2, scale2, gate2 = self.linear(self.silu(emb)).chunk(9, dim=1)
+        first = _normed(self.norm, hidden_states, shift, scale)
+        return (first, gate, *mlp, _normed(self.norm, hidden_states, shift2, scale2), gate2)
+
+
+class LuminaRMSNormZero(nn.Module):
+    has_backward = True
+    can_torch_compile = True
+
+    def forward(self, x, emb=None):
+        scale, *rest = self.linear(self.silu(emb)).chunk(4, dim=1)
+        return (_normed(self.norm, x, torch.zeros_like(scale), scale), *rest)
+
+
 def _normed(norm, x, shift, scale):
     """x: [B, N, D]; shift, scale: [B, D], a row of the table for each sample."""
     rows = torch.arange(len(x), device=x.device)[:, None]
@@ -56,10 +75,16 @@ def _normed(norm, x, shift, scale):
         torch.stack([shift, scale], 1),
         rows,
         norm=kind,
-        eps=norm.eps,
+        eps=torch.finfo(x.dtype).eps if norm.eps is None else norm.eps,  # torch's RMSNorm
         weight=getattr(norm, "weight", None),
         bias=getattr(norm, "bias", None),
     )
 
 
-__all__ = ["AdaLayerNormContinuous", "AdaLayerNormZero", "AdaLayerNormZeroSingle"]
+__all__ = [
+    "AdaLayerNormContinuous",
+    "AdaLayerNormZero",
+    "AdaLayerNormZeroSingle",
+    "LuminaRMSNormZero",
+    "SD35AdaLayerNormZeroX",
+]
