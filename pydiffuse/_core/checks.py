@@ -7,6 +7,9 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch._C._functorch import get_unwrapped, is_batchedtensor, is_functorch_wrapped_tensor
+from torch._subclasses.fake_tensor import is_fake
+from torch.nn import Parameter
 
 from pydiffuse._core import dispatch
 from pydiffuse._core.layouts import new_like, samples_together
@@ -70,9 +73,9 @@ def check_scalar(op: str, argument: str, value: float | Tensor, like: Tensor) ->
     if not isinstance(value, Tensor):
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise TypeError(f"{op}: {argument} is {describe(value)}; accepted: a number or a (B,) tensor")
-        return torch.full((len(like),), float(value), dtype=torch.float64, device=like.device)
-    B = len(like)
-    if value.dim() > 1 or (value.dim() == 1 and len(value) != B):
+        return torch.full((like.shape[0],), float(value), dtype=torch.float64, device=like.device)
+    B = like.shape[0]
+    if value.dim() > 1 or (value.dim() == 1 and value.shape[0] != B):
         raise ValueError(
             f"{op}: {argument} has shape {tuple(value.shape)}; accepted: a number or ({B},),"
             " a value per sample"
@@ -199,7 +202,31 @@ def check_shape(
         raise ValueError(f"{op}: {argument} is on {t.device}; the input is on {like.device}")
 
 
+def is_integer(value: object) -> bool:
+    """An integer, in a traced graph also one that stands for a size."""
+    return isinstance(value, int | torch.SymInt) and not isinstance(value, bool)
+
+
 def values_hidden(t: Tensor) -> bool:
     """Whether looking at t's values would be a sync, or is impossible."""
-    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    return traced or t.device.type != "cpu"
+    return without_values(t) or t.device.type != "cpu"
+
+
+def without_values(t: Tensor) -> bool:
+    """Whether t is a symbol of a trace, fake, or mapped by vmap."""
+    if torch.compiler.is_compiling() or t.is_meta:
+        return True
+    if t.__class__ in (Tensor, Parameter) and not torch._C._are_functorch_transforms_active():
+        return False
+    while is_functorch_wrapped_tensor(t):
+        if is_batchedtensor(t):
+            return True
+        t = get_unwrapped(t)
+    return is_fake(t)
+
+
+def narrowed(ids: Tensor, count: int) -> Tensor:
+    """Places 0 to count - 1 as int32. What is outside stays outside, also where its low half would not be."""
+    if ids.dtype is torch.int64:
+        ids = ids.clamp(-1, count)
+    return ids.to(torch.int32)

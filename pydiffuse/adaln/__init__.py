@@ -17,11 +17,10 @@ The formulas stand in pydiffuse.reference.adaln.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from pydiffuse._core import dispatch
-from pydiffuse._core.checks import describe
+from pydiffuse._core.checks import describe, is_integer
 from pydiffuse.adaln import reference
 from pydiffuse.adaln.apply import call_modulate
 from pydiffuse.adaln.arguments import NORMS, check_modulation, usual_norm
@@ -115,11 +114,9 @@ def embed_t(
     """
     if not isinstance(t, Tensor) or not t.is_floating_point():
         raise TypeError(f"embed_t: t is {describe(t)}; accepted: a float tensor of any shape")
-    for name, value, least in (("dim", dim, 1), ("max_distinct", max_distinct, 1)):
-        if value is None and name == "max_distinct":
-            continue
-        if isinstance(value, bool) or not isinstance(value, int | torch.SymInt) or value < least:
-            raise ValueError(f"embed_t: {name} is {value!r}; accepted: an integer, {least} or more")
+    for name, value in (("dim", dim), ("max_distinct", 1 if max_distinct is None else max_distinct)):
+        if not is_integer(value) or value < 1:
+            raise ValueError(f"embed_t: {name} is {value!r}; accepted: an integer, 1 or more")
     if isinstance(max_period, bool) or not isinstance(max_period, int | float) or not max_period > 0:
         raise ValueError(f"embed_t: max_period is {max_period!r}; accepted: a number > 0")
     return reference.embed_t(t, dim, max_period=max_period, scale=scale, max_distinct=max_distinct)

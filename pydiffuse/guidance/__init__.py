@@ -27,7 +27,7 @@ from pydiffuse._core.checks import (
     describe,
     writable,
 )
-from pydiffuse._core.functions import differentiable
+from pydiffuse._core.functions import differentiable, may_learn
 from pydiffuse._core.rules import EMIT_STATE, EMIT_UPDATE
 from pydiffuse.guidance import reference
 from pydiffuse.guidance.apply import (
@@ -40,7 +40,7 @@ from pydiffuse.guidance.apply import (
     value_of,
 )
 from pydiffuse.guidance.arguments import Scalar, sequence, weights_of
-from pydiffuse.guidance.autograd import Gram, Mix, run_mix
+from pydiffuse.guidance.autograd import run_mix
 from pydiffuse.guidance.coefficients import tcfg_of_many
 
 
@@ -221,7 +221,7 @@ def gram(preds: Sequence[Tensor], *, sums: bool = False) -> Any:
     check_tensors("gram", "preds", preds)
     if dispatch.forced_reference():
         return reference.gram(preds, sums=sums)
-    G, totals = differentiable(Gram, "gram", *preds)
+    G, totals = differentiable("guidance.Gram", "gram", *preds)
     return (G, totals) if sums else G
 
 
@@ -232,7 +232,7 @@ def combine(preds: Sequence[Tensor], coefficients: Tensor, *, out: Tensor | None
     """
     preds = tuple(sequence("combine", "preds", preds))
     check_tensors("combine", "preds", preds)
-    B, k = len(preds[0]), len(preds)
+    B, k = preds[0].shape[0], len(preds)
     if not isinstance(coefficients, Tensor) or not coefficients.is_floating_point():
         raise TypeError(
             f"combine: coefficients is {describe(coefficients)}; accepted: a float tensor (B, k) or (k,)"
@@ -253,7 +253,7 @@ def combine(preds: Sequence[Tensor], coefficients: Tensor, *, out: Tensor | None
         with writable([out]) as targets:
             run_mix("combine", targets, preds, matrix, None)
         return out
-    return differentiable(Mix, "combine", 1, matrix, None, *preds)[0]
+    return differentiable("guidance.Mix", "combine", 1, matrix, None, *preds)[0]
 
 
 def superpose(
@@ -333,7 +333,8 @@ def guide(
             preds, rule, x=x, a=a, b=b, history=history, h=h, noise=noise, s=s, predict=predict, out=out,
             **common, **parameters,
         )  # fmt: skip
-    learned = any(isinstance(c, Tensor) and c.requires_grad for c in update.numbers)
+    tensors = [c for c in update.numbers if isinstance(c, Tensor)]
+    learned = tensors and (may_learn() or any(t.requires_grad for t in tensors))
     if learned and out is None and torch.is_grad_enabled():
         return call_in_two(row, preds, values, original, rescale, update, emit)
     return call_rule("guide", row, preds, update, values, original, rescale, out, emit)

@@ -23,7 +23,7 @@ from pydiffuse._core.rules import EMIT_PREDICT, EMIT_STATE, EMIT_UPDATE, RULES, 
 from pydiffuse._core.structs import numbers
 from pydiffuse.guidance import reference
 from pydiffuse.guidance.arguments import Scalar, number_of, parameter_name, sequence, weights_of
-from pydiffuse.guidance.autograd import Call, Guide, Mix, outputs, run_guide
+from pydiffuse.guidance.autograd import Call, outputs, run_guide
 
 NUMBERS = {float, int, bool}
 
@@ -160,7 +160,7 @@ def call_rule(
     call = Call(op, row.code, params, params[7] != 0.0 or 7 in columns, columns, emit)
     if out is None:
         if needs_function(varied, x, history, noise, *preds):
-            results = differentiable(Guide, call, varied, x, history, noise, *preds)
+            results = differentiable("guidance.Guide", call, varied, x, history, noise, *preds)
             return results[0] if len(results) == 1 else results
         results = outputs(call, preds, x)
         run_guide(call, results, preds, x, history, noise, varied)
@@ -199,7 +199,9 @@ def call_in_two(
         return torch.stack([c.double() for c in cs], 1)
 
     matrix = torch.stack([coefficients(1), coefficients(2)][: 2 if emit & EMIT_PREDICT else 1], 1)
-    results = list(differentiable(Mix, "guide", matrix.shape[1], matrix, None, *[t[0] for t in there]))
+    results = list(
+        differentiable("guidance.Mix", "guide", matrix.shape[1], matrix, None, *[t[0] for t in there])
+    )
     if state is not None:
         results.append(state)
     return results[0] if len(results) == 1 else tuple(results)
@@ -265,7 +267,7 @@ def superpose_by(
     preds = tuple(sequence("superpose", "preds", preds))
     extra = tuple(t for t in (uncond, noise) if t is not None)
     check_tensors("superpose", "preds, uncond, noise", (*preds, *extra))
-    B, k = len(preds[0]), len(preds)
+    B, k = preds[0].shape[0], len(preds)
     if kind not in ("or", "and"):
         raise ValueError(f"superpose: unknown kind {kind!r}; accepted: 'or', 'and'")
     if not isinstance(log_density, Tensor) or (log_density.shape != (B, k) and log_density.shape != (k,)):

@@ -23,7 +23,14 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from pydiffuse._core import dispatch
-from pydiffuse._core.checks import check_no_grad, check_outs, describe, values_hidden
+from pydiffuse._core.checks import (
+    check_no_grad,
+    check_outs,
+    describe,
+    is_integer,
+    narrowed,
+    values_hidden,
+)
 from pydiffuse._core.functions import differentiable, needs_function
 from pydiffuse.routing import reference
 from pydiffuse.routing.arguments import (
@@ -33,7 +40,7 @@ from pydiffuse.routing.arguments import (
     check_tokens,
     gate_of,
     group_sizes,
-    is_integer,
+    grouping,
 )
 from pydiffuse.routing.autograd import Gather, Scatter, run_scatter
 
@@ -79,9 +86,8 @@ def gather_tokens(x: Tensor, ids: Tensor) -> Tensor:
     if dispatch.forced_reference():
         return reference.gather_tokens(x, ids)
     flat = x.reshape(*x.shape[:2], x.shape[2:].numel())
-    out = (partial(differentiable, Gather) if needs_function(flat) else Gather.forward)(
-        "gather_tokens", flat, ids.to(torch.int32), None
-    )
+    gather = partial(differentiable, "routing.Gather") if needs_function(flat) else Gather.forward
+    (out,) = gather("gather_tokens", flat, narrowed(ids, x.shape[1]), None)
     return out.view(*ids.shape, *x.shape[2:])
 
 
@@ -118,11 +124,12 @@ def scatter_tokens(
         check_no_grad(op, [t for t in (base, y, g) if t is not None], [out])
     if dispatch.forced_reference():
         return reference.scatter_tokens(base, y, ids, gate, out=out)
-    shape, ids = base.shape, ids.to(torch.int32)
+    shape, ids = base.shape, narrowed(ids, base.shape[1])
     base, y = (t.reshape(*t.shape[:2], shape[2:].numel()) for t in (base, y))
     if out is None:
-        apply = partial(differentiable, Scatter) if needs_function(base, y, g) else Scatter.forward
-        return apply(op, shape[1], base, y, ids, g).view(shape)
+        learns = needs_function(base, y, g)
+        scatter = partial(differentiable, "routing.Scatter") if learns else Scatter.forward
+        return scatter(op, shape[1], base, y, ids, g)[0].view(shape)
     target = out.view(base.shape) if out.is_contiguous() else torch.empty_like(base.contiguous())
     run_scatter(op, target, base, y, ids, g)
     return out if out.is_contiguous() else out.copy_(target.view(shape))
@@ -182,16 +189,16 @@ def routed_linear(
     check_linear(x, weights, modality, bias, sizes)
     if dispatch.forced_reference():
         return reference.routed_linear(x, weights, modality, bias, sizes=sizes)
-    B, N, M = *x.shape[:2], len(weights)
-    order = modality.flatten().sort(stable=True).indices.to(torch.int32)[None]
+    B, N, M = *x.shape[:2], weights.shape[0]
     groups = group_sizes(modality, M, sizes)
+    order = grouping(modality, groups)
     op, learns = "routed_linear", needs_function(x, weights, bias)
     gather, scatter = (
-        (partial(differentiable, Gather), partial(differentiable, Scatter))
+        (partial(differentiable, "routing.Gather"), partial(differentiable, "routing.Scatter"))
         if learns
         else (Gather.forward, Scatter.forward)
     )
-    grouped = gather(op, x.reshape(1, B * N, x.shape[2]), order, None)[0]
+    grouped = gather(op, x.reshape(1, B * N, x.shape[2]), order, None)[0][0]
     if learns or torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
         parts = [
             linear(part, weights[m], None if bias is None else bias[m])
@@ -205,5 +212,5 @@ def routed_linear(
                 torch.mm(part, weights[m].t(), out=to)
             else:
                 torch.addmm(bias[m], part, weights[m].t(), out=to)
-    out = scatter(op, B * N, None, results[None], order, None)
+    (out,) = scatter(op, B * N, None, results[None], order, None)
     return out.view(B, N, weights.shape[1])
