@@ -7,6 +7,7 @@ import itertools
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -305,6 +306,15 @@ assert path.inverse[path.order.long()].tolist() == list(range(24))
 def test_no_torch(tmp_path):
     code = NO_TORCH.replace("FILE", repr(str(tmp_path / "plan.json")))
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_the_example_runs():
+    example = Path(__file__).parent.parent / "examples/numpy_arrays.py"
+    done = subprocess.run(
+        [sys.executable, str(example)], check=True, timeout=120, capture_output=True, text=True
+    )
+    rows = [line for line in done.stdout.splitlines() if "differ by" in line]
+    assert len(rows) == 3 and all(float(line.split()[-1]) < 1e-4 for line in rows), done.stdout
 
 
 @pytest.mark.parametrize("kind", ["uniform", "logit_normal", "mode", "ltg", "nondecreasing"])
