@@ -28,11 +28,20 @@ from pydiffuse._core.checks import (
     writable,
 )
 from pydiffuse._core.functions import differentiable
-from pydiffuse._core.rules import EMIT_PREDICT, EMIT_STATE, EMIT_UPDATE, RULES, own_values
+from pydiffuse._core.rules import EMIT_STATE, EMIT_UPDATE
 from pydiffuse.guidance import reference
-from pydiffuse.guidance.apply import Update, call_in_two, call_rule, directly, value_of
+from pydiffuse.guidance.apply import (
+    call_in_two,
+    call_rule,
+    check_guide,
+    directly,
+    guide_arguments,
+    superpose_by,
+    value_of,
+)
 from pydiffuse.guidance.arguments import Scalar, sequence, weights_of
 from pydiffuse.guidance.autograd import Gram, Mix, run_mix
+from pydiffuse.guidance.coefficients import tcfg_of_many
 
 
 def cfg(
@@ -209,6 +218,9 @@ def gram(preds: Sequence[Tensor], *, sums: bool = False) -> Any:
     prediction, (B, k) float64.
     """
     preds = tuple(sequence("gram", "preds", preds))
+    spread = dispatch.over_ranks(*preds)
+    if spread:
+        return spread.gram(preds, sums)
     check_tensors("gram", "preds", preds)
     if dispatch.forced_reference():
         return reference.gram(preds, sums=sums)
@@ -222,6 +234,9 @@ def combine(preds: Sequence[Tensor], coefficients: Tensor, *, out: Tensor | None
     preds: k <= 16 tensors [B, ...]. coefficients: (B, k) or (k,), any float dtype. Returns [B, ...].
     """
     preds = tuple(sequence("combine", "preds", preds))
+    spread = dispatch.over_ranks(*preds)
+    if spread:
+        return spread.combine(preds, coefficients, out)
     check_tensors("combine", "preds", preds)
     B, k = len(preds[0]), len(preds)
     if not isinstance(coefficients, Tensor) or not coefficients.is_floating_point():
@@ -270,38 +285,17 @@ def superpose(
     normal noise that the sampler adds in this step, if any. uncond, scale: guidance around the
     mixture. Returns the mixture [B, ...] and the new l (B, k) float64.
     """
-    preds = tuple(sequence("superpose", "preds", preds))
-    extra = tuple(t for t in (uncond, noise) if t is not None)
-    check_tensors("superpose", "preds, uncond, noise", (*preds, *extra))
-    B, k = len(preds[0]), len(preds)
-    if kind not in ("or", "and"):
-        raise ValueError(f"superpose: unknown kind {kind!r}; accepted: 'or', 'and'")
-    if not isinstance(log_density, Tensor) or (log_density.shape != (B, k) and log_density.shape != (k,)):
-        raise ValueError(
-            f"superpose: log_density is {describe(log_density)}; accepted: ({B}, {k}) or ({k},)"
-        )
-    if not isinstance(step, Tensor) and not step > 0:
-        raise ValueError(f"superpose: step is {step}; accepted: a number > 0 or ({B},)")
-    for name, value in (("step", step), ("scale", scale)):
-        check_scalar("superpose", name, value, preds[0])
-    if dispatch.forced_reference():
-        return reference.superpose(
+    spread = dispatch.over_ranks(*preds)
+    if spread:
+        return spread.superpose(
             preds, log_density, step, kind=kind, noise=noise, uncond=uncond, scale=scale,
             temperature=temperature, bias=bias,
         )  # fmt: skip
-    if uncond is None:
-        scale = 1.0
-    G = gram((*preds, *extra))
-    nothing = torch.zeros_like(G[:, :k, 0])
-    with_uncond = nothing if uncond is None else G[:, :k, k]
-    with_noise = nothing if noise is None else G[:, :k, -1]
-    weights, new = reference.superpose_weights(
-        G[:, :k, :k], with_uncond, with_noise, log_density, step, kind, scale, temperature, bias
-    )
-    if uncond is None:
-        return combine(preds, weights), new
-    w = check_scalar("superpose", "scale", scale, preds[0]).to(weights)[:, None]
-    return combine((*preds, uncond), torch.cat([w * weights, 1 - w], 1)), new
+    inner = None if dispatch.forced_reference() else gram
+    return superpose_by(
+        inner, combine, preds, log_density, step, kind=kind, noise=noise, uncond=uncond, scale=scale,
+        temperature=temperature, bias=bias,
+    )  # fmt: skip
 
 
 def guide(
@@ -336,33 +330,19 @@ def guide(
     Returns x' in x's dtype; with `predict`, (x', D); apg with momentum adds its new state.
     """
     preds = tuple(sequence("guide", "preds", preds))
-    row = RULES.get(rule)
-    if row is None:
-        raise ValueError(f"guide: unknown rule {rule!r}; accepted: {', '.join(RULES)}")
-    if len(preds) not in row.counts:
-        raise ValueError(
-            f"guide: preds holds {len(preds)} tensors; rule {rule!r} accepts ({', '.join(row.preds)})"
-        )
-    if (history is None and not _is_zero(h)) or (noise is None and not _is_zero(s)):
-        raise ValueError("guide: h needs history and s needs noise; one of them was left out")
-    momentum = parameters.get("momentum")
-    if rule == "apg" and len(preds) == 3 and momentum is None:
-        raise ValueError("guide: preds holds apg's state, but momentum was left out; give both")
-    emit = EMIT_UPDATE
-    if predict is not None:
-        emit |= EMIT_PREDICT
-    if rule == "apg" and momentum is not None:
-        emit |= EMIT_STATE
-    p, q = (0.0, 1.0) if predict is None else predict
-    update = Update(x, history, noise, (a, b, h, s, p, q))
-    values = own_values(row, len(preds), parameters, weights_of)
+    update, row, values, emit = guide_arguments(
+        preds, rule, x, (a, b, h, s), history, noise, predict, parameters
+    )
     found = directly("guide", row, preds, update, values, original, rescale, out, emit)
     if found is not None:
         return found
-    check_tensors("guide", "preds", preds)
-    for name, value in (("x", x), ("history", history), ("noise", noise)):
-        if value is not None:
-            check_tensors("guide", f"preds[0], {name}", (preds[0], value), same_dtype=False)
+    spread = dispatch.over_ranks(*preds, x)
+    if spread:
+        return spread.guide(
+            preds, rule, x=x, a=a, b=b, history=history, h=h, noise=noise, s=s, predict=predict,
+            original=original, rescale=rescale, out=out, **parameters,
+        )  # fmt: skip
+    check_guide(preds, update)
     if dispatch.forced_reference():
         common = {"original": original, "rescale": rescale} if row.common else {}
         if rule == "rescale":
@@ -387,6 +367,9 @@ def _tcfg_of_many(
 ) -> Tensor:
     """From the Gram matrix's top projector P: u_f = sum_j P[u,j] p_j."""
     preds = (*sequence("tcfg", "cond", conds), uncond)
+    spread = dispatch.over_ranks(*preds)
+    if spread:
+        return spread.tcfg(conds, uncond, scale, original, rescale, out)
     check_tensors("tcfg", "cond, uncond", preds)
     m = len(conds)
     scales = weights_of("tcfg", scale if isinstance(scale, Sequence) else [scale] * m, m)
@@ -397,15 +380,5 @@ def _tcfg_of_many(
     w = torch.stack(
         [check_scalar("tcfg", f"scale[{i}]", v, uncond).double() for i, v in enumerate(scales)], 1
     )
-    u = reference.top_projector(gram(preds))[:, -1]  # (B, m + 1)
-    total = w.sum(1, keepdim=True)
-    weights = torch.cat([w, torch.zeros_like(total)], 1) - total * u
-    if original:
-        weights = weights + torch.eye(m + 1, dtype=w.dtype, device=w.device)[0]
-    else:
-        weights = weights + u
+    weights = tcfg_of_many(gram(preds), w, original)
     return value_of("linear", preds, tuple(weights.unbind(1)), False, rescale, out, name="tcfg")
-
-
-def _is_zero(value: Scalar) -> bool:
-    return not isinstance(value, Tensor) and value == 0
