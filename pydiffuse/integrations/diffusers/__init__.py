@@ -7,6 +7,7 @@ attention of its models.
 
 # Where the `from_pretrained` of a pipeline looks for the kinds of its parts.
 from diffusers.guiders import BaseGuidance as BaseGuidance
+from diffusers.schedulers.scheduling_utils import SchedulerMixin as SchedulerMixin
 
 from pydiffuse.integrations.diffusers.attention import attention_plan
 from pydiffuse.integrations.diffusers.guiders import (
@@ -16,14 +17,26 @@ from pydiffuse.integrations.diffusers.guiders import (
     MagnitudeAwareGuidance,
     TangentialClassifierFreeGuidance,
 )
+from pydiffuse.integrations.diffusers.schedulers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+    fuse_scheduler,
+)
 
 __all__ = [
     "AdaptiveProjectedGuidance",
     "ClassifierFreeGuidance",
     "ClassifierFreeZeroStarGuidance",
+    "DDIMScheduler",
+    "DPMSolverMultistepScheduler",
+    "FlowMatchEulerDiscreteScheduler",
     "MagnitudeAwareGuidance",
     "TangentialClassifierFreeGuidance",
+    "UniPCMultistepScheduler",
     "attention_plan",
+    "fuse_scheduler",
 ]
 
 for _name in __all__:  # the name that a saved pipeline keeps
