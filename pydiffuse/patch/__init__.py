@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from pydiffuse._core import dispatch
-from pydiffuse._core.checks import check_flag, check_no_grad, check_outs, describe
+from pydiffuse._core.checks import check_flag, check_no_grad, check_outs, describe, plain
 from pydiffuse._core.functions import differentiable
 from pydiffuse._core.grids import (
     CONVERT,
@@ -86,6 +86,8 @@ def sample_t(
     (SD3 states it for 1 - t, so that its shift is 1/s). The draw is made where the generator is.
     """
     check_name("sample_t", "kind", kind, SAMPLES)
+    batch, patches = plain(batch), plain(patches)
+    loc, scale, std, mode_scale, shift = map(plain, (loc, scale, std, mode_scale, shift))
     for name, value in (("batch", batch), ("patches", patches)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             raise ValueError(f"sample_t: {name} is {value!r}; accepted: an int, 0 or more")
@@ -347,6 +349,7 @@ def select_patches(score: Tensor, k: int, *, as_mask: bool = False) -> Tensor | 
         first, rest = ops.select_patches.new(score.detach(), k, as_mask)
         if first is not None:
             return first if as_mask else (first, rest)
+    k = plain(k)
     B, N, _ = check_score(op, score, k)
     check_flag(op, "as_mask", as_mask)
     if dispatch.forced_reference():
@@ -374,6 +377,7 @@ def dual_loop_t(score: Tensor, k: int, t: Scalar, *, dt: Scalar, steps: int) -> 
     gradient.
     """
     op = "dual_loop_t"
+    k, steps = plain(k), plain(steps)
     patches = check_score(op, score, k)
     begin = check_level(op, "t", t, patches, score)
     dt = check_dt(op, dt, patches)
