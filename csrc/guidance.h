@@ -36,6 +36,21 @@ enum : int { a, b, h, s, p, q, original, phi, RULE };
 }
 constexpr int MAX_RULE_PARAMS = MAX_PARAMS - param::RULE;
 
+// Whether a rule finds all that it reads among that many predictions and parameters, and no more
+// predictions than it knows.
+constexpr bool rule_fits(Rule rule, int preds, int params) {
+  constexpr struct {
+    int preds, params;
+  } NEEDS[] = {{1, 0}, {2, 1}, {2, 1}, {2, 1}, {2, 4}, {2, 2}, {2, 1}, {1, 0}, {2, 1}, {2, 0}};
+  static_assert(sizeof NEEDS / sizeof *NEEDS == static_cast<int>(Rule::count));
+  const auto needs = NEEDS[static_cast<int>(rule)];
+  const bool weights = rule == Rule::linear || rule == Rule::compose || rule == Rule::perp_neg;
+  const int least = weights ? preds - (rule != Rule::linear) : needs.params;
+  const int most = weights ? MAX_PREDS : rule == Rule::apg ? 3 : 2;
+  return preds >= needs.preds && preds <= most && params >= param::RULE + least &&
+         params <= MAX_PARAMS;
+}
+
 // Terms of the update that a call brings beside its predictions, in this order.
 enum Has : int { HAS_X = 1, HAS_HISTORY = 2, HAS_NOISE = 4 };
 

@@ -3,7 +3,7 @@
 The public ops of `pydiffuse.guidance`, `scan`, `conv`, `attention`, `patch`, `adaln` and `routing` are
 re-exported here; `pydiffuse.paths` has orders over tokens, `pydiffuse.plans` the tiles of an attention,
 `pydiffuse.nn` modules, `pydiffuse.samplers` loops over a user's model, `pydiffuse.numpy` the ops without
-torch. `backends()` says what runs where. Everything is imported when it is first asked for.
+torch, `pydiffuse.distributed` the ops over several processes. `backends()` says what runs where. Everything is imported when it is first asked for.
 """
 
 from typing import TYPE_CHECKING
@@ -13,7 +13,7 @@ from pydiffuse._core.table import PUBLIC as OPS
 from pydiffuse.version import __version__
 
 if TYPE_CHECKING:
-    from pydiffuse import integrations, nn, numpy, paths, plans, reference, samplers
+    from pydiffuse import distributed, integrations, nn, numpy, paths, plans, reference, samplers
     from pydiffuse._core.dispatch import backends, use_backend
     from pydiffuse.adaln import embed_t, gate_residual_modulate, modulate
     from pydiffuse.attention import entropy_scale, tile_attention
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from pydiffuse.scan import selective_scan, selective_state_update, zigzag_mamba_inner
 
 _FAMILIES = ("adaln", "attention", "conv", "guidance", "patch", "routing", "scan")
-_MODULES = ("integrations", "nn", "numpy", "paths", "plans", "reference", "samplers")
+_MODULES = ("distributed", "integrations", "nn", "numpy", "paths", "plans", "reference", "samplers")
 _NAMES = {
     **{name: f"pydiffuse.{op.stem}" for name, op in OPS.items()},
     "ScanPath": "pydiffuse.paths",
@@ -71,6 +71,7 @@ __all__ = [
     "combine",
     "compose",
     "convert",
+    "distributed",
     "dual_loop_t",
     "embed_t",
     "entropy_scale",

@@ -10,7 +10,11 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-NEEDS = {"integrations": ("diffusers", "0.42"), "transformers": ("transformers", "5.24")}
+NEEDS = {
+    "integrations": ("diffusers", "0.42"),
+    "huggingface_kernels": ("diffusers", "0.42"),
+    "transformers": ("transformers", "5.24"),
+}
 SNIPPET = re.compile(r"^```python\n(.*?)^```$", re.S | re.M)
 
 

@@ -154,7 +154,7 @@ void modulate_backward_cpu(const Tensor& dx, const MaybeTensor& dbranch, const T
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(pydiffuse, CPU, m) {
+PYDIFFUSE_IMPL(CPU, m) {
   m.impl("modulate", TORCH_BOX(&modulate_cpu));
   m.impl("modulate.new", TORCH_BOX(&modulate_new_cpu));
   m.impl("modulate_backward", TORCH_BOX(&modulate_backward_cpu));

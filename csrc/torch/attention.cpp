@@ -288,7 +288,7 @@ void tile_attention_backward_cpu(const Tensor& dq, const Tensor& dk, const Tenso
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(pydiffuse, CPU, m) {
+PYDIFFUSE_IMPL(CPU, m) {
   m.impl("tile_attention", TORCH_BOX(&tile_attention_cpu));
   m.impl("tile_attention.new", TORCH_BOX(&tile_attention_new_cpu));
   m.impl("tile_attention_backward", TORCH_BOX(&tile_attention_backward_cpu));

@@ -40,7 +40,7 @@ MaybeTensor causal_conv1d_new_cpu(const Tensor& x, const Tensor& weight, const M
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(pydiffuse, CPU, m) {
+PYDIFFUSE_IMPL(CPU, m) {
   m.impl("causal_conv1d", TORCH_BOX(&causal_conv1d_cpu));
   m.impl("causal_conv1d.new", TORCH_BOX(&causal_conv1d_new_cpu));
   m.impl("causal_conv1d_backward", TORCH_BOX(&causal_conv1d_backward_cpu));

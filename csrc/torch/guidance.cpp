@@ -85,7 +85,7 @@ bool guide_into_cpu(const Tensors& out, const Tensors& preds, const MaybeTensor&
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(pydiffuse, CPU, m) {
+PYDIFFUSE_IMPL(CPU, m) {
   m.impl("guide", TORCH_BOX(&guide_cpu));
   m.impl("guide.rule", TORCH_BOX(&guide_rule_cpu));
   m.impl("guide.new", TORCH_BOX(&guide_new_cpu));

@@ -15,8 +15,7 @@ void set_rule(const char* op, Call& call, const Layout& layout, const Tensors& p
               const std::vector<int64_t>& columns, Tensors* keep) {
   STD_TORCH_CHECK(rule >= 0 && rule < static_cast<int>(Rule::count), op, ": unknown rule");
   STD_TORCH_CHECK(!preds.empty() && preds.size() <= MAX_PREDS, op, ": takes 1 to 16 predictions");
-  STD_TORCH_CHECK(params.size() >= param::RULE && params.size() <= MAX_PARAMS, op,
-                  ": wrong number of parameters");
+  STD_TORCH_CHECK(params.size() <= MAX_PARAMS, op, ": too many parameters");
   STD_TORCH_CHECK(columns.size() <= MAX_PARAMS && columns.empty() == !varied.has_value(), op,
                   ": `varied` and `columns` come together");
   call.rule = static_cast<Rule>(rule);
@@ -38,18 +37,8 @@ void set_rule(const char* op, Call& call, const Layout& layout, const Tensors& p
     check_doubles(op, *varied, layout.batch * call.ncolumns);
     call.varied = static_cast<const double*>(varied->data_ptr());
   }
-  // Enough predictions and parameters for the rule to read.
-  static constexpr struct {
-    int preds, params;
-  } NEEDS[] = {{1, 0}, {2, 1}, {2, 1}, {2, 1}, {2, 4}, {2, 2}, {2, 1}, {1, 0}, {2, 1}, {2, 0}};
-  static_assert(sizeof NEEDS / sizeof *NEEDS == static_cast<int>(Rule::count));
-  const bool weights = call.rule == Rule::linear || call.rule == Rule::compose ||
-                       call.rule == Rule::perp_neg;  // one for each prediction, or each but one
-  const int least = weights ? call.k - (call.rule != Rule::linear) : NEEDS[rule].params;
-  STD_TORCH_CHECK(call.k >= NEEDS[rule].preds && call.nparams - param::RULE >= least, op,
-                  ": too few predictions or parameters for this rule");
-  STD_TORCH_CHECK(weights || call.k <= 2 || (call.rule == Rule::apg && call.k == 3), op,
-                  ": too many predictions for this rule");
+  STD_TORCH_CHECK(rule_fits(call.rule, call.k, call.nparams), op,
+                  ": too few or too many predictions or parameters for this rule");
 }
 
 inline GuideCall guide_call(const Layout& layout, const Tensors& out, const Tensors& preds,

@@ -236,7 +236,7 @@ std::tuple<MaybeTensor, MaybeTensor> select_patches_new_cpu(const Tensor& score,
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(pydiffuse, CPU, m) {
+PYDIFFUSE_IMPL(CPU, m) {
   m.impl("mix_patches", TORCH_BOX(&mix_patches_cpu));
   m.impl("mix_patches.new", TORCH_BOX(&mix_patches_new_cpu));
   m.impl("patch_loss", TORCH_BOX(&patch_loss_cpu));

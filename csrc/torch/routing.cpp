@@ -180,7 +180,7 @@ MaybeTensor scatter_tokens_new_cpu(const Tensor& base, const Tensor& y, const Te
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(pydiffuse, CPU, m) {
+PYDIFFUSE_IMPL(CPU, m) {
   m.impl("gather_tokens", TORCH_BOX(&gather_tokens_cpu));
   m.impl("gather_tokens.new", TORCH_BOX(&gather_tokens_new_cpu));
   m.impl("scatter_tokens.new", TORCH_BOX(&scatter_tokens_new_cpu));

@@ -60,7 +60,7 @@ std::tuple<MaybeTensor, MaybeTensor> selective_scan_new_cpu(
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(pydiffuse, CPU, m) {
+PYDIFFUSE_IMPL(CPU, m) {
   m.impl("selective_scan", TORCH_BOX(&selective_scan_cpu));
   m.impl("selective_scan.new", TORCH_BOX(&selective_scan_new_cpu));
   m.impl("selective_scan_backward", TORCH_BOX(&selective_scan_backward_cpu));

@@ -10,6 +10,16 @@
 
 #include "../tensor.h"
 
+// The dispatcher's library of ops. A kernel of the Hugging Face Hub (torch-ext) has a name of its
+// own for every build, so that several can be loaded.
+#ifdef TORCH_EXTENSION_NAME
+#define PYDIFFUSE_LIBRARY TORCH_EXTENSION_NAME
+#else
+#define PYDIFFUSE_LIBRARY pydiffuse
+#endif
+#define PYDIFFUSE_IMPL_IN(library, key, m) STABLE_TORCH_LIBRARY_IMPL(library, key, m)
+#define PYDIFFUSE_IMPL(key, m) PYDIFFUSE_IMPL_IN(PYDIFFUSE_LIBRARY, key, m)
+
 namespace pydiffuse {
 
 using torch::stable::Tensor;

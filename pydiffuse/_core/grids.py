@@ -14,6 +14,11 @@ NOISE, CONVERT, RESIDUAL = range(len(METHODS), len(METHODS) + 3)
 OWN_KIND = {"linear": "flow", "vp": "v", "trig": "v"}
 """What a model trained on a path usually predicts."""
 
+SAMPLES = ("uniform", "logit_normal", "mode", "ltg", "nondecreasing")
+"""Draws of levels to train at."""
+MOVES = ("uniform", "dual_loop", "look_ahead", "schedule")
+"""Ways of patches from level to level."""
+
 PatchSize = int | Sequence[int] | None
 
 

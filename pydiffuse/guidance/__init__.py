@@ -12,7 +12,7 @@ The formulas stand in pydiffuse.reference.guidance.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -28,11 +28,12 @@ from pydiffuse._core.checks import (
     writable,
 )
 from pydiffuse._core.functions import differentiable
-from pydiffuse._core.rules import EMIT_PREDICT, EMIT_STATE, EMIT_UPDATE, RULES, own_values
+from pydiffuse._core.rules import EMIT_PREDICT, EMIT_STATE, EMIT_UPDATE, RULES, Rule, own_values
 from pydiffuse.guidance import reference
 from pydiffuse.guidance.apply import Update, call_in_two, call_rule, directly, value_of
 from pydiffuse.guidance.arguments import Scalar, sequence, weights_of
 from pydiffuse.guidance.autograd import Gram, Mix, run_mix
+from pydiffuse.guidance.coefficients import tcfg_of_many
 
 
 def cfg(
@@ -270,6 +271,26 @@ def superpose(
     normal noise that the sampler adds in this step, if any. uncond, scale: guidance around the
     mixture. Returns the mixture [B, ...] and the new l (B, k) float64.
     """
+    return superpose_by(
+        gram, preds, log_density, step, kind=kind, noise=noise, uncond=uncond, scale=scale,
+        temperature=temperature, bias=bias,
+    )  # fmt: skip
+
+
+def superpose_by(
+    inner: Callable[[Sequence[Tensor]], Tensor],
+    preds: Sequence[Tensor],
+    log_density: Tensor,
+    step: Scalar,
+    *,
+    kind: str,
+    noise: Tensor | None,
+    uncond: Tensor | None,
+    scale: Scalar,
+    temperature: float,
+    bias: Tensor | float,
+) -> tuple[Tensor, Tensor]:
+    """`superpose`. inner: what gives the Gram matrix, `gram` or one over several ranks."""
     preds = tuple(sequence("superpose", "preds", preds))
     extra = tuple(t for t in (uncond, noise) if t is not None)
     check_tensors("superpose", "preds, uncond, noise", (*preds, *extra))
@@ -284,14 +305,14 @@ def superpose(
         raise ValueError(f"superpose: step is {step}; accepted: a number > 0 or ({B},)")
     for name, value in (("step", step), ("scale", scale)):
         check_scalar("superpose", name, value, preds[0])
-    if dispatch.forced_reference():
+    if dispatch.forced_reference() and inner is gram:
         return reference.superpose(
             preds, log_density, step, kind=kind, noise=noise, uncond=uncond, scale=scale,
             temperature=temperature, bias=bias,
         )  # fmt: skip
     if uncond is None:
         scale = 1.0
-    G = gram((*preds, *extra))
+    G = inner((*preds, *extra))
     nothing = torch.zeros_like(G[:, :k, 0])
     with_uncond = nothing if uncond is None else G[:, :k, k]
     with_noise = nothing if noise is None else G[:, :k, -1]
@@ -336,33 +357,13 @@ def guide(
     Returns x' in x's dtype; with `predict`, (x', D); apg with momentum adds its new state.
     """
     preds = tuple(sequence("guide", "preds", preds))
-    row = RULES.get(rule)
-    if row is None:
-        raise ValueError(f"guide: unknown rule {rule!r}; accepted: {', '.join(RULES)}")
-    if len(preds) not in row.counts:
-        raise ValueError(
-            f"guide: preds holds {len(preds)} tensors; rule {rule!r} accepts ({', '.join(row.preds)})"
-        )
-    if (history is None and not _is_zero(h)) or (noise is None and not _is_zero(s)):
-        raise ValueError("guide: h needs history and s needs noise; one of them was left out")
-    momentum = parameters.get("momentum")
-    if rule == "apg" and len(preds) == 3 and momentum is None:
-        raise ValueError("guide: preds holds apg's state, but momentum was left out; give both")
-    emit = EMIT_UPDATE
-    if predict is not None:
-        emit |= EMIT_PREDICT
-    if rule == "apg" and momentum is not None:
-        emit |= EMIT_STATE
-    p, q = (0.0, 1.0) if predict is None else predict
-    update = Update(x, history, noise, (a, b, h, s, p, q))
-    values = own_values(row, len(preds), parameters, weights_of)
+    update, row, values, emit = guide_arguments(
+        preds, rule, x, (a, b, h, s), history, noise, predict, parameters
+    )
     found = directly("guide", row, preds, update, values, original, rescale, out, emit)
     if found is not None:
         return found
-    check_tensors("guide", "preds", preds)
-    for name, value in (("x", x), ("history", history), ("noise", noise)):
-        if value is not None:
-            check_tensors("guide", f"preds[0], {name}", (preds[0], value), same_dtype=False)
+    check_guide(preds, update)
     if dispatch.forced_reference():
         common = {"original": original, "rescale": rescale} if row.common else {}
         if rule == "rescale":
@@ -375,6 +376,48 @@ def guide(
     if learned and out is None and torch.is_grad_enabled():
         return call_in_two(row, preds, values, original, rescale, update, emit)
     return call_rule("guide", row, preds, update, values, original, rescale, out, emit)
+
+
+def guide_arguments(
+    preds: Sequence[Tensor],
+    rule: str,
+    x: Tensor,
+    of_update: tuple[Scalar, Scalar, Scalar, Scalar],
+    history: Tensor | None,
+    noise: Tensor | None,
+    predict: tuple[Scalar, Scalar] | None,
+    parameters: dict[str, Any],
+) -> tuple[Update, Rule, tuple[Scalar, ...], int]:
+    """`guide`'s arguments: the update, the rule, its own parameters, and what is returned. of_update: a, b, h, s."""
+    row = RULES.get(rule)
+    if row is None:
+        raise ValueError(f"guide: unknown rule {rule!r}; accepted: {', '.join(RULES)}")
+    if len(preds) not in row.counts:
+        raise ValueError(
+            f"guide: preds holds {len(preds)} tensors; rule {rule!r} accepts ({', '.join(row.preds)})"
+        )
+    _, _, h, s = of_update
+    if (history is None and not _is_zero(h)) or (noise is None and not _is_zero(s)):
+        raise ValueError("guide: h needs history and s needs noise; one of them was left out")
+    momentum = parameters.get("momentum")
+    if rule == "apg" and len(preds) == 3 and momentum is None:
+        raise ValueError("guide: preds holds apg's state, but momentum was left out; give both")
+    emit = EMIT_UPDATE
+    if predict is not None:
+        emit |= EMIT_PREDICT
+    if rule == "apg" and momentum is not None:
+        emit |= EMIT_STATE
+    p, q = (0.0, 1.0) if predict is None else predict
+    update = Update(x, history, noise, (*of_update, p, q))
+    return update, row, own_values(row, len(preds), parameters, weights_of), emit
+
+
+def check_guide(preds: Sequence[Tensor], update: Update) -> None:
+    """The tensors of `guide` are of one shape and on one device."""
+    check_tensors("guide", "preds", preds)
+    for name, value in zip(("x", "history", "noise"), update[:3], strict=True):
+        if value is not None:
+            check_tensors("guide", f"preds[0], {name}", (preds[0], value), same_dtype=False)
 
 
 def _tcfg_of_many(
@@ -397,13 +440,7 @@ def _tcfg_of_many(
     w = torch.stack(
         [check_scalar("tcfg", f"scale[{i}]", v, uncond).double() for i, v in enumerate(scales)], 1
     )
-    u = reference.top_projector(gram(preds))[:, -1]  # (B, m + 1)
-    total = w.sum(1, keepdim=True)
-    weights = torch.cat([w, torch.zeros_like(total)], 1) - total * u
-    if original:
-        weights = weights + torch.eye(m + 1, dtype=w.dtype, device=w.device)[0]
-    else:
-        weights = weights + u
+    weights = tcfg_of_many(gram(preds), w, original)
     return value_of("linear", preds, tuple(weights.unbind(1)), False, rescale, out, name="tcfg")
 
 

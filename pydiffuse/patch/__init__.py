@@ -30,11 +30,13 @@ from pydiffuse._core.grids import (
     HISTORY,
     KINDS,
     METHODS,
+    MOVES,
     NOISE,
     NOISY,
     OWN_KIND,
     PATHS,
     PRED,
+    SAMPLES,
     UNCOND,
     PatchSize,
     X,
@@ -55,9 +57,6 @@ from pydiffuse.patch.arguments import (
     patches_of,
 )
 from pydiffuse.patch.autograd import Call, LossCall, PatchLoss, Tables
-
-SAMPLES = ("uniform", "logit_normal", "mode", "ltg", "nondecreasing")
-MOVES = ("uniform", "dual_loop", "look_ahead", "schedule")
 
 
 def sample_t(
