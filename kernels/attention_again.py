@@ -203,7 +203,8 @@ def queries_again(
 @inner
 def keys_again(
     grad, q, k, v, dout, lse, delta, scales, scale, sizes, side, masks, order,
-    PARTS: tl.constexpr, ROWS: tl.constexpr, DK: tl.constexpr, D: tl.constexpr, VECTOR: tl.constexpr, PRECISION: tl.constexpr,
+    PARTS: tl.constexpr, ROWS: tl.constexpr, DK: tl.constexpr,
+    D: tl.constexpr, VECTOR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     # A block of keys' gradient: dk, or without DK dv.
     zero, B, Hk, group, head_plans, S = again(side, sizes)

@@ -78,7 +78,8 @@ def delta_kernel(
 @inner
 def add_to_keys(
     sums, k_rows, v_rows, q, q_at, dout, dout_at, lse, delta, tokens, live, keep, factor, weight,
-    DK: tl.constexpr, DV: tl.constexpr, D: tl.constexpr, WIDEST: tl.constexpr, VECTOR: tl.constexpr, PRECISION: tl.constexpr,
+    DK: tl.constexpr, DV: tl.constexpr,
+    D: tl.constexpr, WIDEST: tl.constexpr, VECTOR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     # One step of queries. Of one past its span p is 2^-inf. sums: of dk, of dv, or of both; no tuple holds
     # None, which Triton 3.6 cannot return.
