@@ -36,6 +36,25 @@ def select_patches(
 def modulate(
     y: Any, r: Any, x: Any, branch: Any, table: Any, row: Any, norm: int, eps: float, factors: bool
 ) -> None: ...
+def causal_conv1d(
+    out: Any, x: Any, weight: Any, bias: Any, order: Any, offsets: Any, silu: bool
+) -> None: ...
+def selective_scan(
+    out: Any,
+    last: Any,
+    u: Any,
+    delta: Any,
+    A: Any,
+    B: Any,
+    C: Any,
+    D: Any,
+    z: Any,
+    delta_bias: Any,
+    initial: Any,
+    order: Any,
+    offsets: Any,
+    softplus: bool,
+) -> None: ...
 def gather_tokens(out: Any, x: Any, ids: Any) -> None: ...
 def scatter_tokens(out: Any, base: Any, y: Any, ids: Any, gate: Any) -> None: ...
 def scan_floor(states: int, channel_tokens: int) -> None: ...

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import re
 import subprocess
 import sys
@@ -15,7 +16,8 @@ from torch.utils._pytree import tree_map
 
 import pydiffuse
 import pydiffuse.numpy as pn
-from tests.cases import adaln, guidance, patch, routing
+from pydiffuse import paths
+from tests.cases import adaln, conv, guidance, patch, routing, scan
 from tests.helpers import doubled, leaves, relative_error
 
 MAKERS = {
@@ -23,6 +25,9 @@ MAKERS = {
     "patch": (patch, lambda shape, dtype: patch.Maker(*shape, dtype)),
     "adaln": (adaln, adaln.Maker),
     "routing": (routing, routing.Maker),
+    "scan": (scan, scan.ScanMaker),
+    "bld": (scan, lambda size, dtype: scan.ScanMaker(size, dtype, layout="bld")),
+    "conv": (conv, scan.ScanMaker),
 }
 DRAWS = ("sample_t", "route")  # of NumPy's generator
 CASES = [
@@ -43,7 +48,7 @@ BY_OP = {case.op: (stem, case) for stem, case in CASES}
 def makers(stem, dtype):
     """A maker for each shape of the family; of narrow dtypes one is enough."""
     family, make = MAKERS[stem]
-    shapes = list(family.SHAPES.values())[: None if dtype is torch.float32 else 1]
+    shapes = list(getattr(family, "SHAPES", scan.SIZES).values())[: None if dtype is torch.float32 else 1]
     return [make(shape, dtype) for shape in shapes]
 
 
@@ -84,6 +89,8 @@ def test_same_as_torch(stem, case, dtype):
     family = MAKERS[stem][0]
     for maker in makers(stem, dtype):
         given = case.make(maker)
+        if given[1].get("path") == [None, None]:
+            continue  # no paths over no tokens
         found = call(case.op, tree_map(as_array, given))
         expected = leaves(getattr(pydiffuse, case.op)(*given[0], **given[1]))
         if OTHER_BITS.isdisjoint((case.op, case.id)):
@@ -171,6 +178,7 @@ def test_out(op):
         np.empty_like,
         lambda a: backwards(np.empty_like(a)),
         lambda a: np.empty((*a.shape, 2), a.dtype)[..., 1],
+        lambda a: np.empty(a.shape, a.dtype, order="F"),
         lambda a: np.empty_like(a).astype(a.dtype.newbyteorder(">")),
     ):
         outs = [make(a) for a in results]
@@ -296,9 +304,45 @@ def test_scalars_of_numpy():
     same_bits(pn.embed_t(x, np.int64(4), max_distinct=np.int32(500)), pn.embed_t(x, 4, max_distinct=500))
 
 
+def test_steps_of_arrays():
+    """Paths, permutations and offsets as arrays of any integers."""
+    rng = np.random.default_rng(0)
+    u, delta, B, C = (
+        rng.standard_normal(s, np.float32) for s in ((2, 6, 16), (2, 6, 16), (2, 4, 16), (2, 4, 16))
+    )
+    A, path = -np.ones((6, 4), np.float32), paths.zigzag((4, 4), 3)
+    for cu, reverse in itertools.product((None, [0, 5, 5, 16]), (False, True)):
+        expected = call(
+            "selective_scan", ((u, delta, A, B, C), {"path": path, "cu_seqlens": cu, "reverse": reverse})
+        )
+        for kind in (np.int16, np.int64, ">i8", np.uint8):
+            where = {
+                "path": path.visits.astype(kind),
+                "cu_seqlens": None if cu is None else np.array(cu, kind),
+                "reverse": np.bool_(reverse),
+            }
+            same_bits(call("selective_scan", ((u, delta, A, B, C), where)), expected)
+        w = np.ones((6, 3), np.float32)
+        where = {"path": path.visits.tolist(), "cu_seqlens": cu, "reverse": reverse}
+        same_bits(
+            call("causal_conv1d", ((u, w), where)),
+            [
+                as_array(
+                    pydiffuse.causal_conv1d(
+                        as_tensor(u), as_tensor(w), path=path, cu_seqlens=cu, reverse=reverse
+                    )
+                )
+            ],
+        )
+
+
 def test_bad_arrays():
     c, x = np.ones((2, 5), np.float32), np.ones((2, 3, 4, 4), np.float32)
-    table = np.ones((3, 2, 5), np.float32)
+    table, u, A = (
+        np.ones((3, 2, 5), np.float32),
+        np.ones((2, 3, 5), np.float32),
+        -np.ones((3, 3), np.float32),
+    )
     for bad, error, word in (
         (lambda: pn.cfg(c, c[:, :4], 2.0), ValueError, "(2, 4)"),
         (lambda: pn.cfg(c, c.astype(np.int32), 2.0), TypeError, "int32"),
@@ -370,6 +414,26 @@ def test_bad_arrays():
         (lambda: pn.scatter_tokens(c, c, [[0, 1], [3, 4]]), ValueError, "(2, 2)"),
         (lambda: pn.scatter_tokens(c, c[:, :2], [[0, 1], [3, 4]], np.ones(3)), ValueError, "gate"),
         (lambda: pn.route(2, 3, 4), ValueError, "0 to 3"),
+        (lambda: pn.causal_conv1d(c, c), ValueError, "(B, D, L)"),
+        (lambda: pn.causal_conv1d(u, c), ValueError, "weight is"),
+        (lambda: pn.causal_conv1d(u, np.ones((3, 9), np.float32)), ValueError, "width 9"),
+        (lambda: pn.causal_conv1d(u, u[0], activation="relu"), ValueError, "relu"),
+        (lambda: pn.causal_conv1d(u, u[0], layout="ldb"), ValueError, "ldb"),
+        (lambda: pn.causal_conv1d(u, u[0], path=[0, 1, 2, 3]), ValueError, "as the input has"),
+        (lambda: pn.causal_conv1d(u, u[0], path=np.zeros(5, int)), ValueError, "no permutation"),
+        (lambda: pn.causal_conv1d(u, u[0], path=np.arange(5.0)), TypeError, "no permutation"),
+        (lambda: pn.causal_conv1d(u, u[0], path=[paths.sweep((1, 5))]), TypeError, "list of paths"),
+        (lambda: pn.causal_conv1d(u, u[0], cu_seqlens=[0, 4]), ValueError, "ending at 5"),
+        (lambda: pn.causal_conv1d(u, u[0], cu_seqlens=[0, 4, 3, 5]), ValueError, "never falling"),
+        (lambda: pn.causal_conv1d(u, u[0], cu_seqlens=[0.0, 5.0]), TypeError, "integers"),
+        (lambda: pn.selective_scan(u, u, A.astype(np.float64), u, u), TypeError, "A is a float64"),
+        (lambda: pn.selective_scan(u, u, np.ones((3, 300), np.float32), u, u), ValueError, "300 states"),
+        (lambda: pn.selective_scan(u, u[:1], A, u, u), ValueError, "delta is"),
+        (lambda: pn.selective_scan(u, u, A, u[:, :2], u), ValueError, "B is"),
+        (lambda: pn.selective_scan(u, u, A, u[:, :, None].repeat(2, 1), u), ValueError, "B is"),
+        (lambda: pn.selective_scan(u, u, A, u, u, path=[]), ValueError, "empty list"),
+        (lambda: pn.selective_scan(u, u, A, u, u, initial_state=u), ValueError, "initial_state"),
+        (lambda: pn.selective_scan(u, u, A, u, u, delta_softplus=1), TypeError, "delta_softplus"),
         (lambda: pn.channel_mask(1.5, 8), ValueError, "level"),
     ):
         with pytest.raises(error, match=re.escape(word)):

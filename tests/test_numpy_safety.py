@@ -114,10 +114,61 @@ IDS = np.zeros((2, 3), np.int32)
 GATHER = [np.empty((2, 3, 16), np.float32), X.reshape(2, 3, 16), IDS]
 SCATTER = [GATHER[1].copy(), GATHER[1], GATHER[0], IDS, None]
 
+S, ORDER, OFFSETS = (
+    np.ones((2, 5, 3), np.float32),
+    np.arange(5, dtype=np.int32)[None],
+    np.array([0, 2, 5], np.int32),
+)
+CONV = [S.copy(), S, np.ones((3, 2), np.float32), None, ORDER, OFFSETS, True]
+A = np.ones((1, 3, 4), np.float32)
+WEIGHTS, STATES = np.ones((2, 1, 1, 5, 4), np.float32), np.ones((2, 2, 1, 3, 4), np.float32)
+SCAN = [
+    S.copy(),
+    STATES.copy(),
+    S,
+    S[:, None],
+    A,
+    WEIGHTS,
+    WEIGHTS,
+    None,
+    S,
+    None,
+    STATES,
+    ORDER,
+    OFFSETS,
+    True,
+]
+
 
 @pytest.mark.parametrize(
     ("function", "usual", "place", "wrong"),
     [
+        ("causal_conv1d", CONV, 0, S[:1].copy()),
+        ("causal_conv1d", CONV, 0, read_only(S)),
+        ("causal_conv1d", CONV, 1, S[:, ::-1]),
+        ("causal_conv1d", CONV, 1, np.ones((2, 5, 3, 2), np.float32)[..., 0]),
+        ("causal_conv1d", CONV, 2, np.ones((2, 2), np.float32)),
+        ("causal_conv1d", CONV, 2, np.ones((3, 9), np.float32)),
+        ("causal_conv1d", CONV, 3, np.ones(2, np.float32)),
+        ("causal_conv1d", CONV, 4, ORDER + 1),
+        ("causal_conv1d", CONV, 4, ORDER - 1),
+        ("causal_conv1d", CONV, 4, ORDER[:, :4]),
+        ("causal_conv1d", CONV, 5, np.array([0, 6], np.int32)),
+        ("causal_conv1d", CONV, 5, np.array([0, 7, 5], np.int32)),
+        ("causal_conv1d", CONV, 5, np.array([0], np.int32)),
+        ("selective_scan", SCAN, 0, S.astype(np.float32)[:, :4].copy()),
+        ("selective_scan", SCAN, 1, STATES[:, :1].copy()),
+        ("selective_scan", SCAN, 2, S[:, :, :2].copy()),
+        ("selective_scan", SCAN, 3, S[:, None, :, :2].copy()),
+        ("selective_scan", SCAN, 4, np.ones((1, 2, 4), np.float32)),
+        ("selective_scan", SCAN, 4, np.ones((2, 3, 4), np.float32)),
+        ("selective_scan", SCAN, 5, WEIGHTS[..., :3]),
+        ("selective_scan", SCAN, 5, np.ones((2, 1, 2, 5, 4), np.float32)),
+        ("selective_scan", SCAN, 6, np.ones((1, 3, 3), np.float32)),
+        ("selective_scan", SCAN, 7, np.ones((1, 2), np.float32)),
+        ("selective_scan", SCAN, 10, STATES[:, :1].copy()),
+        ("selective_scan", SCAN, 11, ORDER + 1),
+        ("selective_scan", SCAN, 12, OFFSETS + 1),
         ("mix_patches", MIX, 1, [X[:1].copy()]),
         ("mix_patches", MIX, 1, [X.copy(), X.copy()]),
         ("mix_patches", MIX, 2, np.empty((2, 3), np.float32)),

@@ -48,6 +48,12 @@ inline bool is_aligned(const Array& a) {
   return a.flags() & py::detail::npy_api::NPY_ARRAY_ALIGNED_;
 }
 
+// The memory of an array of any strides.
+inline void* memory_anyhow(const Array& a) {
+  require(is_aligned(a), "arrays must be aligned");
+  return const_cast<void*>(a.data());
+}
+
 // The memory of a C-contiguous array, to read or to write.
 inline void* memory_of(const Array& a, bool written = false) {
   require((a.flags() & Array::c_style) && is_aligned(a), "arrays must be C-contiguous and aligned");
@@ -108,9 +114,12 @@ void unlocked(const F& compute) {
 
 // Each family's functions, in the module.
 void bind_adaln(py::module_&);
+void bind_attention(py::module_&);
+void bind_conv(py::module_&);
 void bind_guidance(py::module_&);
 void bind_patch(py::module_&);
 void bind_routing(py::module_&);
+void bind_scan(py::module_&);
 void bind_floors(py::module_&);
 
 }  // namespace pydiffuse

@@ -7,6 +7,8 @@ using namespace pydiffuse;
 PYBIND11_MODULE(_host, m) {
   m.doc() = "The CPU kernels of pydiffuse on NumPy arrays; pydiffuse.numpy is their public face.";
   bind_guidance(m);
+  bind_scan(m);
+  bind_conv(m);
   bind_patch(m);
   bind_adaln(m);
   bind_routing(m);

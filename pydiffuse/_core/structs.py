@@ -1,4 +1,4 @@
-"""Arguments that travel together from the public functions to the kernels, and the kernels' constants."""
+"""Arguments that travel together from the public functions to the kernels; the kernels' limits, too."""
 
 from __future__ import annotations
 
@@ -9,15 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# As in csrc/scan.h, csrc/conv.h and csrc/attention.h; a test compares them with the extension's.
-CHUNK = 64
-"""Steps of a scan from one saved state to the next."""
-MAX_STATES = 256
-MAX_WIDTH = 8
-"""Of a causal convolution."""
-MAX_HEAD_DIM = 256
-BLOCK = 128
-"""Rows of a block of work at most: queries in the forward, queries or keys in the backward."""
+from pydiffuse._core.limits import BLOCK as BLOCK
+from pydiffuse._core.limits import CHUNK as CHUNK
+from pydiffuse._core.limits import MAX_HEAD_DIM as MAX_HEAD_DIM
+from pydiffuse._core.limits import MAX_STATES as MAX_STATES
+from pydiffuse._core.limits import MAX_WIDTH as MAX_WIDTH
 
 
 @lru_cache(maxsize=1024)

@@ -22,7 +22,10 @@ class Scale(NamedTuple):
     number: float
 
 
-def check_attention(op: str, q: Tensor, k: Tensor, v: Tensor, plan: TilePlan) -> None:
+def check_attention(
+    op: str, q: Tensor, k: Tensor, v: Tensor, plan: TilePlan, here: int | None = None
+) -> None:
+    """here: how many of the plan's tokens q, k and v hold, all by default."""
     names = "[B, H, S, D]"
     check_shape(op, "q", q, (None,) * 4, names)
     B, H, _, D = q.shape
@@ -42,7 +45,12 @@ def check_attention(op: str, q: Tensor, k: Tensor, v: Tensor, plan: TilePlan) ->
     if not isinstance(plan, TilePlan):
         raise TypeError(f"{op}: plan is {describe(plan)}; accepted: a TilePlan of pydiffuse.plans")
     for name, t, length in (("q", q, plan.q_length), ("k", k, plan.k_length)):
-        if t.shape[2] != length:
+        if here is not None and t.shape[2] != here:
+            raise ValueError(
+                f"{op}: {name} has {t.shape[2]} tokens; accepted: {here}, this rank's part of {plan!r}; give"
+                " lengths= for other parts"
+            )
+        if here is None and t.shape[2] != length:
             raise ValueError(
                 f"{op}: {name} has {t.shape[2]} tokens and {plan!r} is for {length}; accepted: a plan made"
                 " for this length"

@@ -31,7 +31,9 @@ _GUIDANCE = (
 )
 
 if TYPE_CHECKING:
+    from pydiffuse.distributed.attention import tile_attention
     from pydiffuse.distributed.comm import count_bytes, set_timeout, sum_gradients
+    from pydiffuse.distributed.conv import causal_conv1d
     from pydiffuse.distributed.guidance import (
         apg,
         cfg,
@@ -47,15 +49,27 @@ if TYPE_CHECKING:
         superpose,
         tcfg,
     )
+    from pydiffuse.distributed.modules import split_tokens
+    from pydiffuse.distributed.scan import selective_scan, zigzag_mamba_inner
+    from pydiffuse.distributed.slices import split
+    from pydiffuse.distributed.tokens import reorder
 
-_NAMES = {
-    **{name: "pydiffuse.distributed.guidance" for name in _GUIDANCE},
-    **{name: "pydiffuse.distributed.comm" for name in ("count_bytes", "set_timeout", "sum_gradients")},
+_MODULES = {
+    "attention": ("tile_attention",),
+    "comm": ("count_bytes", "set_timeout", "sum_gradients"),
+    "conv": ("causal_conv1d",),
+    "guidance": _GUIDANCE,
+    "modules": ("split_tokens",),
+    "scan": ("selective_scan", "zigzag_mamba_inner"),
+    "slices": ("split",),
+    "tokens": ("reorder",),
 }
+_NAMES = {name: f"pydiffuse.distributed.{module}" for module, names in _MODULES.items() for name in names}
 __getattr__, __dir__ = lazy("pydiffuse.distributed", _NAMES)
 
 __all__ = [
     "apg",
+    "causal_conv1d",
     "cfg",
     "cfg_zero",
     "combine",
@@ -65,10 +79,16 @@ __all__ = [
     "guide",
     "magnitude_aware",
     "perp_neg",
+    "reorder",
     "rescale",
+    "selective_scan",
     "set_timeout",
     "slerp",
+    "split",
+    "split_tokens",
     "sum_gradients",
     "superpose",
     "tcfg",
+    "tile_attention",
+    "zigzag_mamba_inner",
 ]

@@ -96,6 +96,24 @@ class Ranks:
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self._state = _states.setdefault(group, _State())
 
+    # Ranks in the order of what is split; from the last one on where it runs in reverse.
+
+    def position(self, reverse: bool) -> int:
+        return self.size - 1 - self.rank if reverse else self.rank
+
+    def end(self, reverse: bool) -> int:
+        """The rank of the last part."""
+        return 0 if reverse else self.size - 1
+
+    def neighbours(self, reverse: bool) -> tuple[int | None, int | None]:
+        """The rank before this one and the one after it; None at the ends."""
+        step = -1 if reverse else 1
+        before, after = self.rank - step, self.rank + step
+        return before if 0 <= before < self.size else None, after if 0 <= after < self.size else None
+
+    def in_order(self, every: list[Tensor], reverse: bool) -> list[Tensor]:
+        return every[::-1] if reverse else every
+
     # Facts.
 
     @contextmanager
@@ -224,6 +242,15 @@ class Ranks:
     def finish(self, started: tuple[list[Any], list[Tensor]]) -> None:
         self._wait(started[0], "a transfer")
 
+    def broadcast(self, t: Tensor, source: int) -> Tensor:
+        """t of a rank, in place."""
+        if self.size > 1 and t.numel():
+            if self.rank == source:
+                _count(self.op, t)
+            work = dist.broadcast(t, group=self.group, group_src=source, async_op=True)
+            self._wait([work], "a broadcast")
+        return t
+
     def exchange(
         self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]]
     ) -> None:
@@ -252,6 +279,19 @@ class AllReduce(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:  # type: ignore[override]
         return None, AllReduce.apply(ctx.ranks, grad.contiguous())
+
+
+class Exchange(Function):
+    """(ranks, shapes, *parts): an all-to-all, part r to rank r; what rank r sent here, of shapes[r]."""
+
+    @staticmethod
+    def forward(ctx: Any, ranks: Ranks, shapes: Any, *parts: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        ctx.ranks, ctx.shapes = ranks, [p.shape for p in parts]
+        return tuple(ranks.all_to_all(parts, shapes))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:  # type: ignore[override]
+        return None, None, *Exchange.apply(ctx.ranks, ctx.shapes, *grads)
 
 
 def sum_gradients(parameters: Iterable[Tensor], group: Group = None) -> None:

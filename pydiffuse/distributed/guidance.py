@@ -25,7 +25,7 @@ from pydiffuse._core.functions import differentiable
 from pydiffuse._core.rules import EMIT_PREDICT, EMIT_STATE, EMIT_UPDATE, RULES, Rule
 from pydiffuse.distributed.comm import AllReduce, Group, Ranks
 from pydiffuse.guidance import reference
-from pydiffuse.guidance.apply import PLAIN, Update, value_of
+from pydiffuse.guidance.apply import PLAIN, Update, check_guide, guide_arguments, superpose_by, value_of
 from pydiffuse.guidance.arguments import Scalar, sequence, weights_of
 from pydiffuse.guidance.autograd import Mix
 from pydiffuse.guidance.coefficients import coefficients, tcfg_of_many
@@ -161,8 +161,8 @@ def superpose(
         return _gram(ranks, tuple(tensors), False, False)[0]
 
     with ranks.checking():
-        return guidance.superpose_by(
-            inner, preds, log_density, step, kind=kind, noise=noise, uncond=uncond, scale=scale,
+        return superpose_by(
+            inner, guidance.combine, preds, log_density, step, kind=kind, noise=noise, uncond=uncond, scale=scale,
             temperature=temperature, bias=bias,
         )  # fmt: skip
 
@@ -176,10 +176,10 @@ def guide(
     """`pydiffuse.guide` over the elements of all ranks; x, history and noise are this rank's parts."""
     ranks = Ranks("guide", group)
     with ranks.checking():
-        update, row, values, emit = guidance.guide_arguments(
+        update, row, values, emit = guide_arguments(
             preds, rule, x, (a, b, h, s), history, noise, predict, parameters
         )
-        guidance.check_guide(preds, update)
+        check_guide(preds, update)
     preds = tuple(preds)
     if ranks.size == 1 or not (row.curved or _rescales(rescale)):
         return guidance.guide(

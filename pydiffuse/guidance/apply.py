@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,14 +14,15 @@ from pydiffuse._core.checks import (
     check_outs,
     check_scalar,
     check_tensors,
+    describe,
     writable,
     written,
 )
 from pydiffuse._core.functions import differentiable, needs_function
-from pydiffuse._core.rules import EMIT_PREDICT, EMIT_STATE, EMIT_UPDATE, RULES, Rule
+from pydiffuse._core.rules import EMIT_PREDICT, EMIT_STATE, EMIT_UPDATE, RULES, Rule, own_values
 from pydiffuse._core.structs import numbers
 from pydiffuse.guidance import reference
-from pydiffuse.guidance.arguments import Scalar, number_of, parameter_name
+from pydiffuse.guidance.arguments import Scalar, number_of, parameter_name, sequence, weights_of
 from pydiffuse.guidance.autograd import Call, Guide, Mix, outputs, run_guide
 
 NUMBERS = {float, int, bool}
@@ -201,3 +203,98 @@ def call_in_two(
     if state is not None:
         results.append(state)
     return results[0] if len(results) == 1 else tuple(results)
+
+
+def guide_arguments(
+    preds: Sequence[Tensor],
+    rule: str,
+    x: Tensor,
+    of_update: tuple[Scalar, Scalar, Scalar, Scalar],
+    history: Tensor | None,
+    noise: Tensor | None,
+    predict: tuple[Scalar, Scalar] | None,
+    parameters: dict[str, Any],
+) -> tuple[Update, Rule, tuple[Scalar, ...], int]:
+    """`guide`'s arguments: the update, the rule, its own parameters, and what is returned. of_update: a, b, h, s."""
+    row = RULES.get(rule)
+    if row is None:
+        raise ValueError(f"guide: unknown rule {rule!r}; accepted: {', '.join(RULES)}")
+    if len(preds) not in row.counts:
+        raise ValueError(
+            f"guide: preds holds {len(preds)} tensors; rule {rule!r} accepts ({', '.join(row.preds)})"
+        )
+    _, _, h, s = of_update
+    if (history is None and not _is_zero(h)) or (noise is None and not _is_zero(s)):
+        raise ValueError("guide: h needs history and s needs noise; one of them was left out")
+    momentum = parameters.get("momentum")
+    if rule == "apg" and len(preds) == 3 and momentum is None:
+        raise ValueError("guide: preds holds apg's state, but momentum was left out; give both")
+    emit = EMIT_UPDATE
+    if predict is not None:
+        emit |= EMIT_PREDICT
+    if rule == "apg" and momentum is not None:
+        emit |= EMIT_STATE
+    p, q = (0.0, 1.0) if predict is None else predict
+    update = Update(x, history, noise, (*of_update, p, q))
+    return update, row, own_values(row, len(preds), parameters, weights_of), emit
+
+
+def check_guide(preds: Sequence[Tensor], update: Update) -> None:
+    """The tensors of `guide` are of one shape and on one device."""
+    check_tensors("guide", "preds", preds)
+    for name, value in zip(("x", "history", "noise"), update[:3], strict=True):
+        if value is not None:
+            check_tensors("guide", f"preds[0], {name}", (preds[0], value), same_dtype=False)
+
+
+def superpose_by(
+    inner: Callable[[Sequence[Tensor]], Tensor] | None,
+    mix: Callable[[Sequence[Tensor], Tensor], Tensor],
+    preds: Sequence[Tensor],
+    log_density: Tensor,
+    step: Scalar,
+    *,
+    kind: str,
+    noise: Tensor | None,
+    uncond: Tensor | None,
+    scale: Scalar,
+    temperature: float,
+    bias: Tensor | float,
+) -> tuple[Tensor, Tensor]:
+    """`superpose`. inner: what gives the Gram matrix, or None for the reference; mix: `combine`."""
+    preds = tuple(sequence("superpose", "preds", preds))
+    extra = tuple(t for t in (uncond, noise) if t is not None)
+    check_tensors("superpose", "preds, uncond, noise", (*preds, *extra))
+    B, k = len(preds[0]), len(preds)
+    if kind not in ("or", "and"):
+        raise ValueError(f"superpose: unknown kind {kind!r}; accepted: 'or', 'and'")
+    if not isinstance(log_density, Tensor) or (log_density.shape != (B, k) and log_density.shape != (k,)):
+        raise ValueError(
+            f"superpose: log_density is {describe(log_density)}; accepted: ({B}, {k}) or ({k},)"
+        )
+    if not isinstance(step, Tensor) and not step > 0:
+        raise ValueError(f"superpose: step is {step}; accepted: a number > 0 or ({B},)")
+    for name, value in (("step", step), ("scale", scale)):
+        check_scalar("superpose", name, value, preds[0])
+    if inner is None:
+        return reference.superpose(
+            preds, log_density, step, kind=kind, noise=noise, uncond=uncond, scale=scale,
+            temperature=temperature, bias=bias,
+        )  # fmt: skip
+    if uncond is None:
+        scale = 1.0
+    G = inner((*preds, *extra))
+    nothing = torch.zeros_like(G[:, :k, 0])
+    with_uncond = nothing if uncond is None else G[:, :k, k]
+    with_noise = nothing if noise is None else G[:, :k, -1]
+    weights, new = reference.superpose_weights(
+        G[:, :k, :k], with_uncond, with_noise, log_density, step, kind, scale, temperature, bias
+    )
+    if uncond is None:
+        return mix(preds, weights), new
+    w = check_scalar("superpose", "scale", scale, preds[0]).to(weights)[:, None]
+    return mix((*preds, uncond), torch.cat([w * weights, 1 - w], 1)), new
+
+
+def _is_zero(value: Scalar) -> bool:
+    return not isinstance(value, Tensor) and value == 0

@@ -88,6 +88,9 @@ class TileAttention(nn.Module):
         self.proj = nn.Linear(heads * head_dim, dim, bias=out_bias, **factory)
         self.reset_parameters()
 
+    attend = staticmethod(tile_attention)
+    """What runs the attention; `pydiffuse.distributed.split_tokens` puts another function in its place."""
+
     def reset_parameters(self) -> None:
         """Xavier-uniform weights of q, k, v (each by itself) and proj, zero biases, norms of ones."""
         with torch.no_grad():
@@ -124,7 +127,7 @@ class TileAttention(nn.Module):
             cos, sin = self._angles(rotary, B, S)
             q, k = (rotate(t, cos, sin, self.rotary_interleaved) for t in (q, k))
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        out = tile_attention(q, k, v, plan, scale=self.scale)
+        out = self.attend(q, k, v, plan, scale=self.scale)
         assert isinstance(out, Tensor)
         return self.proj(out.transpose(1, 2).flatten(2))
 

@@ -113,6 +113,9 @@ class ZigzagMamba(nn.Module):
         self.register_parameter("A_log" if not suffix else "A_b_log", A_log)
         self.register_parameter("D" + suffix, skip)
 
+    inner = staticmethod(zigzag_mamba_inner)
+    """What runs between the projections; `pydiffuse.distributed.split_tokens` puts another function in its place."""
+
     def forward(
         self,
         x: Tensor,
@@ -134,7 +137,7 @@ class ZigzagMamba(nn.Module):
     def _scan(self, xz: Tensor, path: PathLike, suffix: str, cu_seqlens: Any) -> Tensor:
         conv, x_proj, dt_proj = (getattr(self, name + suffix) for name in ("conv1d", "x_proj", "dt_proj"))
         A_log = getattr(self, "A_log" if not suffix else "A_b_log")
-        return zigzag_mamba_inner(
+        return self.inner(
             xz,
             conv.weight,
             conv.bias,

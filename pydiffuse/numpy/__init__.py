@@ -12,6 +12,7 @@ OMP_NUM_THREADS says or, without it, as this process may use CPUs. `set_num_thre
 
 from pydiffuse import _host
 from pydiffuse.numpy.adaln import embed_t, gate_residual_modulate, modulate
+from pydiffuse.numpy.conv import causal_conv1d
 from pydiffuse.numpy.guidance import (
     apg,
     cfg,
@@ -29,6 +30,7 @@ from pydiffuse.numpy.guidance import (
 from pydiffuse.numpy.levels import next_t, sample_t
 from pydiffuse.numpy.patch import convert, dual_loop_t, noise_patches, patch_step, select_patches
 from pydiffuse.numpy.routing import channel_mask, gather_tokens, route, scatter_tokens
+from pydiffuse.numpy.scan import selective_scan
 from pydiffuse.numpy.superpose import superpose
 
 cpu_capability = _host.capability
@@ -37,6 +39,7 @@ set_num_threads = _host.set_threads
 
 __all__ = [
     "apg",
+    "causal_conv1d",
     "cfg",
     "cfg_zero",
     "channel_mask",
@@ -62,6 +65,7 @@ __all__ = [
     "sample_t",
     "scatter_tokens",
     "select_patches",
+    "selective_scan",
     "set_num_threads",
     "slerp",
     "superpose",

@@ -58,6 +58,27 @@ def floats(op: str, argument: str, value: Any, *, like: Array | None = None) -> 
     return laid_out(a)
 
 
+def shaped(
+    op: str,
+    argument: str,
+    value: Any,
+    sizes: Sequence[int | None],
+    names: str,
+    dtypes: Sequence[str] = DTYPES,
+) -> Array:
+    """An array, laid out in whatever way, of the sizes (None: any) that `names` spells out."""
+    a = array_of(op, argument, value)
+    fits = a.ndim == len(sizes) and all(
+        want is None or have == want for have, want in zip(a.shape, sizes, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join("any" if s is None else str(s) for s in sizes)
+        raise ValueError(f"{op}: {argument} is {describe(a)}; accepted: {names}, here ({wanted})")
+    if a.dtype.name not in dtypes:
+        raise TypeError(f"{op}: {argument} is {describe(a)}; accepted: {', '.join(dtypes)}")
+    return a
+
+
 def numbers(op: str, argument: str, value: Any) -> Array:
     """Real numbers, as float64."""
     given = array_of(op, argument, value)
@@ -193,10 +214,11 @@ class Outputs:
         over = [a for a in same if a is not None]
         apart = [a for a in read if a is not None]
         self.arrays = []
-        for i, (o, (shape, dtype)) in enumerate(zip(self.given, likes, strict=True)):
+        for i, (o, (shape, like)) in enumerate(zip(self.given, likes, strict=True)):
+            dtype = np.dtype(like).newbyteorder("=")
             name = "out" if len(likes) == 1 else f"out[{i}]"
             if o is not None:
-                _check_out(op, name, o, shape, np.dtype(dtype), self.given[:i])
+                _check_out(op, name, o, shape, dtype, self.given[:i])
             fits = o is not None and _writable(o, over, apart)
             self.arrays.append(o if fits and o is not None else np.empty(shape, dtype))
 

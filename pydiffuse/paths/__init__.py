@@ -22,13 +22,15 @@ import weakref
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from pydiffuse._core.modes import real_tensors
+from pydiffuse._core.modes import compiling, is_tensor, real_tensors, torch_is_there
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 Shape = tuple[int, ...]
 Walk = Callable[[int, int, int], np.ndarray]
@@ -46,15 +48,40 @@ class ScanPath:
     """The token grid: (H, W) or (T, H, W); (L,) for a path from `from_order` without a shape."""
     parameters: tuple[tuple[str, Any], ...]
     """What beside name and shape tells paths apart, as (keyword, value) pairs."""
-    order: Tensor = field(compare=False)
-    """int32 [L]: step l visits token order[l]."""
-    inverse: Tensor = field(compare=False)
-    """int32 [L]: token n is visited at step inverse[n]."""
-    _kin: dict[tuple[bool, torch.device], ScanPath] = field(default_factory=dict, compare=False)
-    """This path in both directions on every device it was asked for, by (backwards, device)."""
+    visits: np.ndarray = field(compare=False)
+    """`order` as an array, which needs no torch."""
+    _tensors: tuple[Tensor, Tensor] | None = field(default=None, compare=False)
+    """order and inverse; None until torch is there."""
+    _kin: dict[tuple[bool, torch.device | None], ScanPath] = field(default_factory=dict, compare=False)
+    """This path in both directions on every device it was asked for, by (backwards, device); None is the CPU."""
 
     def __post_init__(self) -> None:
-        self._kin[self._backwards, self.order.device] = self
+        if self._tensors is None and torch_is_there():
+            object.__setattr__(self, "_tensors", _order_and_inverse(self.visits))
+        self._kin[self._backwards, self._place] = self
+
+    @property
+    def order(self) -> Tensor:
+        """int32 [L]: step l visits token order[l]."""
+        return self._both[0]
+
+    @property
+    def inverse(self) -> Tensor:
+        """int32 [L]: token n is visited at step inverse[n]."""
+        return self._both[1]
+
+    @property
+    def _both(self) -> tuple[Tensor, Tensor]:
+        if self._tensors is None:
+            object.__setattr__(self, "_tensors", _order_and_inverse(self.visits))
+        assert self._tensors is not None
+        return self._tensors
+
+    @property
+    def _place(self) -> torch.device | None:
+        if self._tensors is None or self._tensors[0].device.type == "cpu":
+            return None
+        return self._tensors[0].device
 
     @property
     def length(self) -> int:
@@ -63,26 +90,31 @@ class ScanPath:
 
     def to(self, device: torch.device | str | int) -> ScanPath:
         """The same path with its tensors on `device`: copied once, then the same object again."""
+        import torch
+
         device = torch.device(device)
         if device.index is None and device.type != "cpu":
             device = torch.empty(0, device=device).device  # "cuda" is a device by its number, too
-        found = self._kin.get((self._backwards, device))
+        found = self._kin.get((self._backwards, None if device.type == "cpu" else device))
         if found is None:
-            with nullcontext() if torch.compiler.is_dynamo_compiling() else real_tensors():
-                order, inverse = self.order.to(device), self.inverse.to(device)
-            found = ScanPath(self.name, self.shape, self.parameters, order, inverse, self._kin)
+            with nullcontext() if compiling() else real_tensors():
+                moved = self.order.to(device), self.inverse.to(device)
+            found = ScanPath(self.name, self.shape, self.parameters, self.visits, moved, self._kin)
         return found
 
     def reversed(self) -> ScanPath:
         """The same tokens from last to first. path.reversed().reversed() is path."""
-        found = self._kin.get((not self._backwards, self.order.device))
+        found = self._kin.get((not self._backwards, self._place))
         if found is None:
             parameters = tuple(p for p in self.parameters if p[0] != "reversed")
             if not self._backwards:
                 parameters += (("reversed", True),)
-            with nullcontext() if torch.compiler.is_dynamo_compiling() else real_tensors():
-                order, inverse = self.order.flip(0), self.length - 1 - self.inverse
-            found = ScanPath(self.name, self.shape, parameters, order, inverse, self._kin)
+            tensors = None
+            if self._tensors is not None:
+                order, inverse = self._tensors
+                with nullcontext() if compiling() else real_tensors():
+                    tensors = order.flip(0), self.length - 1 - inverse
+            found = ScanPath(self.name, self.shape, parameters, self.visits[::-1], tensors, self._kin)
         return found
 
     @property
@@ -94,15 +126,20 @@ class ScanPath:
 
     def __repr__(self) -> str:
         given = "".join(f", {key}={value!r}" for key, value in self.parameters)
-        return f"<ScanPath {self.name}({self.shape}{given}), {self.length} tokens on {self.order.device}>"
+        return (
+            f"<ScanPath {self.name}({self.shape}{given}), {self.length} tokens on {self._place or 'cpu'}>"
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Copies and pickles find the path they came from, on the device that torch.load maps to.
-        anchor = torch.empty(0, dtype=torch.int32, device=self.order.device)
+        anchor = None
+        if torch_is_there():
+            import torch
+
+            anchor = torch.empty(0, dtype=torch.int32, device=self.order.device)
         order = None
         if any(key == "digest" for key, _ in self.parameters):
-            forward = self.reversed() if self._backwards else self
-            order = forward.to("cpu").order
+            order = np.ascontiguousarray(self.visits[::-1] if self._backwards else self.visits)
         return _restore, (self.name, self.shape, self.parameters, anchor, order)
 
 
@@ -226,12 +263,18 @@ _CUSTOM: weakref.WeakValueDictionary[tuple[str, Shape, str], ScanPath] = weakref
 
 def _path(name: str, shape: Shape, order: np.ndarray, **parameters: Any) -> ScanPath:
     """order: any array of the L tokens in the order of the steps."""
-    order = np.array(order, dtype=np.int32).ravel()
-    inverse = np.empty_like(order)
-    inverse[order] = np.arange(len(order), dtype=np.int32)
-    with nullcontext() if torch.compiler.is_dynamo_compiling() else real_tensors():
-        tensors = torch.from_numpy(order), torch.from_numpy(inverse)
-    return ScanPath(name, shape, tuple(parameters.items()), *tensors)
+    visits = np.array(order, dtype=np.int32).ravel()
+    return ScanPath(name, shape, tuple(parameters.items()), visits)
+
+
+def _order_and_inverse(visits: np.ndarray) -> tuple[Tensor, Tensor]:
+    import torch
+
+    visits = np.ascontiguousarray(visits)
+    inverse = np.empty_like(visits)
+    inverse[visits] = np.arange(len(visits), dtype=np.int32)
+    with nullcontext() if compiling() else real_tensors():
+        return torch.from_numpy(visits), torch.from_numpy(inverse)
 
 
 def _tokens(*shape: int) -> np.ndarray:
@@ -392,13 +435,14 @@ def _restore(
     name: str,
     shape: Shape,
     parameters: tuple[tuple[str, Any], ...],
-    anchor: Tensor,
-    order: Tensor | None,
+    anchor: Tensor | None,
+    order: np.ndarray | Tensor | None,
 ) -> ScanPath:
     given = dict(parameters)
     backwards = given.pop("reversed", False)
     path = _BUILDERS[name](shape, **given) if order is None else from_order(order, shape, name)
-    return (path.reversed() if backwards else path).to(anchor.device)
+    path = path.reversed() if backwards else path
+    return path if anchor is None else path.to(anchor.device)
 
 
 def _integer(op: str, argument: str, value: object, accepted: str) -> int:
@@ -420,7 +464,7 @@ def _scheme(op: str, scheme: int) -> int:
 def _grid(op: str, shape: Sequence[int], dims: tuple[int, ...] = (2, 3)) -> Shape:
     names = {1: "(L,)", 2: "(H, W)", 3: "(T, H, W)"}
     accepted = " or ".join(names[n] for n in dims) + ", integers of at least 1"
-    if isinstance(shape, str) or not isinstance(shape, Sequence | np.ndarray | Tensor):
+    if isinstance(shape, str) or not (isinstance(shape, Sequence | np.ndarray) or is_tensor(shape)):
         raise TypeError(f"{op}: shape is {shape!r}, a {type(shape).__name__}; accepted: {accepted}")
     grid = tuple(_integer(op, "shape", size, accepted) for size in shape)
     if len(grid) not in dims:
@@ -434,9 +478,9 @@ def _grid(op: str, shape: Sequence[int], dims: tuple[int, ...] = (2, 3)) -> Shap
     return grid
 
 
-def _permutation(order: Tensor | np.ndarray | Sequence[int]) -> np.ndarray:
+def _permutation(order: Any) -> np.ndarray:
     """int32 [L], or the error that says what is wrong."""
-    if isinstance(order, Tensor):
+    if is_tensor(order):
         if order.is_meta:
             raise ValueError("from_order: order is a meta tensor, without values; accepted: integers [L]")
         values = np.zeros(1)

@@ -7,7 +7,7 @@ The formulas stand in pydiffuse.reference.scan.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -169,6 +169,7 @@ def zigzag_mamba_inner(
     reverse: bool = False,
     cu_seqlens: Tensor | Sequence[int] | None = None,
     layout: str = "bdl",
+    ops: tuple[Callable[..., Any], Callable[..., Any]] | None = None,
 ) -> Tensor:
     """Mamba's inner block in path order: convolution, projections, selective scan, output projection.
 
@@ -178,6 +179,7 @@ def zigzag_mamba_inner(
       out_proj_weight: [M, D], out_proj_bias: [M]; without them y [B, D, L] ("bld": [B, L, D]) is returned.
       A: [D, N]. B, C: as in `selective_scan`, instead of projections of x. B_proj_bias, C_proj_bias: [N].
       b_rms_weight, c_rms_weight: [N], dt_rms_weight: [D]: RMS norms of B, C and delta, as in Falcon Mamba.
+      ops: what takes the places of causal_conv1d and selective_scan, as `pydiffuse.distributed`'s do.
     Returns [B, L, M]. The projections are torch's matrix products.
     """
     op = "zigzag_mamba_inner"
@@ -225,8 +227,9 @@ def zigzag_mamba_inner(
                 f"{op}: out_proj_bias is given without out_proj_weight; accepted: both or neither"
             )
         check_shape(op, "out_proj_bias", out_proj_bias, (out_proj_weight.shape[0],), "(M,)", like=xz)
+    conv, scan = ops or (causal_conv1d, selective_scan)
     return reference.inner_block(
-        causal_conv1d, selective_scan, xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight,
+        conv, scan, xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight,
         out_proj_weight, out_proj_bias, A, B, C, D, delta_bias, B_proj_bias, C_proj_bias, delta_softplus,
         b_rms_weight=b_rms_weight, c_rms_weight=c_rms_weight, dt_rms_weight=dt_rms_weight,
         b_c_dt_rms_eps=b_c_dt_rms_eps, path=path, reverse=reverse, cu_seqlens=cu_seqlens, layout=layout,

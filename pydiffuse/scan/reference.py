@@ -219,12 +219,14 @@ def zigzag_mamba_inner(
     reverse: bool = False,
     cu_seqlens: Tensor | Sequence[int] | None = None,
     layout: str = "bdl",
+    ops: tuple[Callable[..., Any], Callable[..., Any]] | None = None,
 ) -> Tensor:
     """Mamba's inner block in path order: x, z = xz; x = silu(conv(x)); delta, B, C = projections of x;
     selective_scan; out_proj. Mamba, arXiv 2312.00752, figure 3; ZigMa, arXiv 2403.13802, section 3.2.
     The RMS norms of B, C and delta: Falcon Mamba, arXiv 2410.05355."""
+    conv, scan = ops or (causal_conv1d, selective_scan)
     return inner_block(
-        causal_conv1d, selective_scan, xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight,
+        conv, scan, xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight,
         out_proj_weight, out_proj_bias, A, B, C, D, delta_bias, B_proj_bias, C_proj_bias, delta_softplus,
         b_rms_weight=b_rms_weight, c_rms_weight=c_rms_weight, dt_rms_weight=dt_rms_weight,
         b_c_dt_rms_eps=b_c_dt_rms_eps, path=path, reverse=reverse, cu_seqlens=cu_seqlens, layout=layout,
