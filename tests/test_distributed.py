@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pydiffuse import distributed, plans
-from pydiffuse.distributed import slices
+from pydiffuse.distributed import scale, slices
 from tests.cases import ranks
 from tests.helpers import check_refused
 from tests.ranks import Processes
@@ -71,6 +71,23 @@ def test_errors_of_one_process():
     t = torch.randn(2, 8)
     check_refused(lambda: distributed.tcfg(t, t, 3.0), RuntimeError, ["tcfg", "init_process_group"])
     check_refused(lambda: distributed.set_timeout(0), ValueError, ["set_timeout", "0"])
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_dtensors(processes, size):
+    processes.run(size, ranks.dtensors)
+
+
+def test_the_cost_model(processes, capsys):
+    for size in (2, 4):
+        processes.run(size, ranks.formulas)
+    scale.main([1, 8, 64])
+    text = capsys.readouterr().out
+    assert "Computed, not measured" in text and all(name in text for name in scale.MODELS)
+    for model in (scale.Video(), scale.Video(references=2)):
+        times = [model.row(n, scale.H100).time for n in (1, 2, 4, 8)]
+        assert times == sorted(times, reverse=True)  # more GPUs of a node are faster
+        assert times[0] / times[3] <= 8
 
 
 @pytest.mark.parametrize("size", [2, 4])

@@ -237,6 +237,9 @@ def gram(preds: Sequence[Tensor], *, sums: bool = False) -> Tensor | tuple[Tenso
     prediction, (B, k) float64.
     """
     preds = tuple(sequence("gram", "preds", preds))
+    spread = dispatch.over_ranks(*preds)
+    if spread:
+        return spread.gram(preds, sums)
     check_tensors("gram", "preds", preds)
     if dispatch.forced_reference():
         return reference.gram(preds, sums=sums)
@@ -250,6 +253,9 @@ def combine(preds: Sequence[Tensor], coefficients: Tensor, *, out: Tensor | None
     preds: k <= 16 tensors [B, ...]. coefficients: (B, k) or (k,), any float dtype. Returns [B, ...].
     """
     preds = tuple(sequence("combine", "preds", preds))
+    spread = dispatch.over_ranks(*preds)
+    if spread:
+        return spread.combine(preds, coefficients, out)
     check_tensors("combine", "preds", preds)
     B, k = len(preds[0]), len(preds)
     if not isinstance(coefficients, Tensor) or not coefficients.is_floating_point():
@@ -298,6 +304,12 @@ def superpose(
     normal noise that the sampler adds in this step, if any. uncond, scale: guidance around the
     mixture. Returns the mixture [B, ...] and the new l (B, k) float64.
     """
+    spread = dispatch.over_ranks(*preds)
+    if spread:
+        return spread.superpose(
+            preds, log_density, step, kind=kind, noise=noise, uncond=uncond, scale=scale,
+            temperature=temperature, bias=bias,
+        )  # fmt: skip
     inner = None if dispatch.forced_reference() else gram
     return superpose_by(
         inner, combine, preds, log_density, step, kind=kind, noise=noise, uncond=uncond, scale=scale,
@@ -365,6 +377,12 @@ def guide(
     found = directly("guide", row, preds, update, values, original, rescale, out, emit)
     if found is not None:
         return found
+    spread = dispatch.over_ranks(*preds, x)
+    if spread:
+        return spread.guide(
+            preds, rule, x=x, a=a, b=b, history=history, h=h, noise=noise, s=s, predict=predict,
+            original=original, rescale=rescale, out=out, **parameters,
+        )  # fmt: skip
     check_guide(preds, update)
     if dispatch.forced_reference():
         common = {"original": original, "rescale": rescale} if row.common else {}
@@ -390,6 +408,9 @@ def _tcfg_of_many(
 ) -> Tensor:
     """From the Gram matrix's top projector P: u_f = sum_j P[u,j] p_j."""
     preds = (*sequence("tcfg", "cond", conds), uncond)
+    spread = dispatch.over_ranks(*preds)
+    if spread:
+        return spread.tcfg(conds, uncond, scale, original, rescale, out)
     check_tensors("tcfg", "cond, uncond", preds)
     m = len(conds)
     scales = weights_of("tcfg", scale if isinstance(scale, Sequence) else [scale] * m, m)

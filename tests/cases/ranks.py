@@ -9,11 +9,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
 import pydiffuse
 from pydiffuse import distributed
-from pydiffuse.distributed import comm, slices
+from pydiffuse.distributed import comm, scale, slices
 from tests.cases import guidance
 from tests.helpers import leaves
 from tests.ranks import spare
@@ -476,3 +478,88 @@ def train(group: dist.ProcessGroup, steps: int) -> list[float]:
     from examples.distributed.train import train
 
     return train(steps, group=group)
+
+
+def dtensors(group: dist.ProcessGroup) -> None:
+    """What is spread over a mesh goes into pydiffuse's own functions: values and gradients of one process."""
+    size = dist.get_world_size(group)
+    meshes = [(DeviceMesh.from_group(group, "cpu"), ([Shard(0)], [Shard(2)], [Replicate()]))]
+    if size == 4:
+        mesh = DeviceMesh("cpu", torch.arange(4).reshape(2, 2))
+        meshes.append((mesh, ([Shard(0), Shard(1)], [Replicate(), Shard(1)], [Shard(0), Shard(0)])))
+    weight = torch.randn(5, 4, 7)
+    w = torch.rand(5) + 2
+    calls: list[Callable[..., Any]] = [
+        lambda c, u: pydiffuse.tcfg(c, u, 3.0),
+        lambda c, u: pydiffuse.cfg(c, u, w, rescale=0.7),
+        lambda c, u: pydiffuse.apg(c, u, w, momentum=0.5, norm_threshold=2.0)[0],
+        lambda c, u: pydiffuse.guide([c, u], "cfg_zero", x=u, a=0.9, b=w, scale=2.0, predict=(0.5, 2.0))[
+            1
+        ],
+        lambda c, u: pydiffuse.combine([c, u], torch.tensor([2.0, -1.0])),
+        lambda c, u: pydiffuse.compose([c, c], u, [1.0, w]),
+        lambda c, u: pydiffuse.tcfg([c, 0.5 * u], u, [2.0, w], rescale=0.3),
+        lambda c, u: pydiffuse.superpose([c, u], torch.zeros(5, 2), w, kind="and", noise=u - c)[0],
+    ]
+    for mesh, each in meshes:
+        for placements in each:
+            for call in calls:
+                c, u = torch.randn(2, 5, 4, 7, generator=torch.Generator().manual_seed(0))
+                plain = [t.clone().requires_grad_() for t in (c, u)]
+                spread = [distribute_tensor(t, mesh, placements).requires_grad_() for t in (c, u)]
+                want, have = call(*plain), call(*spread)
+                assert isinstance(have, DTensor) and list(have.placements) == list(placements)
+                torch.testing.assert_close(have.full_tensor(), want, rtol=1e-5, atol=1e-5)
+                (want * weight).sum().backward()
+                (have * distribute_tensor(weight, mesh, placements)).sum().backward()
+                for p, s in zip(plain, spread, strict=True):
+                    torch.testing.assert_close(s.grad.full_tensor(), p.grad, rtol=1e-4, atol=1e-4)
+            c = distribute_tensor(c, mesh, placements)
+            G = pydiffuse.gram([c, c]).full_tensor()
+            torch.testing.assert_close(G, pydiffuse.gram([c.full_tensor()] * 2))
+            out = torch.empty_like(c)
+            assert pydiffuse.tcfg(c, c, 3.0, out=out) is out
+            torch.testing.assert_close(out.full_tensor(), c.full_tensor(), rtol=1e-4, atol=1e-4)
+            refused(
+                group, lambda r, c=c: pydiffuse.tcfg(c, c.full_tensor(), 3.0), "tcfg", "beside a DTensor"
+            )
+
+
+def formulas(group: dist.ProcessGroup) -> None:
+    """The cost model's bytes are those that are counted."""
+    ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+    last, f, d = rank == ranks - 1, scale, distributed
+
+    def sent(call: Callable[[], Any]) -> int:
+        with d.count_bytes() as found:
+            call()
+        return sum(found.values())
+
+    x = torch.randn(2, 12, 64)
+    assert sent(lambda: d.tcfg(x, x, 3.0, group=group)) == f.guidance_bytes(2, 2)
+    assert sent(lambda: d.tcfg(x, x, 3.0, rescale=0.3, group=group)) == f.guidance_bytes(2, 2, True)
+    conv = sent(lambda: d.causal_conv1d(x, torch.ones(64, 4), layout="bld", group=group))
+    assert conv == (0 if last else f.conv_bytes(2, 64, 4, 4))
+    for method in ("pipeline", "gather"):
+        scan = sent(
+            lambda m=method: d.selective_scan(
+                x, x, -torch.ones(64, 4), x[..., :4], x[..., :4], layout="bld", method=m, group=group
+            )
+        )
+        assert scan == (0 if last and method == "pipeline" else f.scan_bytes(2, 64, 4, method))
+    each = lengths(60, ranks, 9)
+    q, k = torch.randn(2, 4, each[rank], 16), torch.randn(2, 4, each[rank], 16)
+    plan = pydiffuse.plans.frames(5, 12, 1)
+    for method, formula in (
+        ("ulysses", f.ulysses_bytes(2, 4, 4, each, rank, 16, 4)),
+        ("ring", f.ring_bytes(2, 4, plan, each, rank, 16, 4)),
+    ):
+        found = sent(
+            lambda m=method: d.tile_attention(q, k, k, plan, lengths=each, method=m, group=group)
+        )
+        assert found == formula
+    path = pydiffuse.paths.from_order(torch.randperm(6000, generator=torch.Generator().manual_seed(0)))
+    each = lengths(6000, ranks, 500)
+    tokens = torch.randn(1, each[rank], 3)
+    found = sent(lambda: d.reorder(tokens, None, path, each, group=group))
+    assert abs(found / f.reorder_bytes(1, each, rank, 3, 4) - 1) < 0.1
