@@ -11,14 +11,10 @@ from torch import Tensor
 from pydiffuse._core import dispatch
 from pydiffuse._core.layouts import new_like, samples_together
 from pydiffuse._core.rules import MAX_PREDS
+from pydiffuse._core.words import check_flag as check_flag
+from pydiffuse._core.words import describe as describe
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def describe(value: object) -> str:
-    if not isinstance(value, Tensor):
-        return f"a {type(value).__name__}"
-    return f"a {value.dtype} tensor {tuple(value.shape)} on {value.device}"
 
 
 def alike(tensors: Sequence[Tensor]) -> bool:
@@ -156,11 +152,6 @@ def writable(out: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     for o, target in zip(out, targets, strict=True):
         if o is not target:
             o.copy_(target)
-
-
-def check_flag(op: str, argument: str, value: object) -> None:
-    if not isinstance(value, bool):
-        raise TypeError(f"{op}: {argument} is {value!r}; accepted: True or False")
 
 
 def check_shape(

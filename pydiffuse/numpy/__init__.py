@@ -12,6 +12,7 @@ OMP_NUM_THREADS says or, without it, as this process may use CPUs. `set_num_thre
 
 from pydiffuse import _host
 from pydiffuse.numpy.adaln import embed_t, gate_residual_modulate, modulate
+from pydiffuse.numpy.attention import tile_attention
 from pydiffuse.numpy.conv import causal_conv1d
 from pydiffuse.numpy.guidance import (
     apg,
@@ -70,4 +71,5 @@ __all__ = [
     "slerp",
     "superpose",
     "tcfg",
+    "tile_attention",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -474,11 +475,35 @@ def token_errors(group: dist.ProcessGroup) -> None:
     assert conv(t).shape == t.shape and attend(q).shape == q.shape, rank
 
 
-def train(group: dist.ProcessGroup, steps: int) -> list[float]:
+def train(group: dist.ProcessGroup, steps: int, fsdp: bool = False) -> list[float]:
     """The losses of the example."""
     from examples.distributed.train import train
 
-    return train(steps, group=group)
+    return train(steps, group=group, fsdp=fsdp)
+
+
+def conditions(group: dist.ProcessGroup) -> None:
+    """Every rank predicts for its condition, all guide and step their part."""
+    ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+    g = torch.Generator().manual_seed(0)
+    preds, x = torch.randn(ranks, 2, 7, 5, generator=g), torch.randn(2, 7, 5, generator=g)
+    weights = [1.0 + r for r in range(ranks - 1)]
+    options = {"a": 0.9, "b": 0.1, "weights": weights, "rescale": 0.5}
+    whole = [p.clone().requires_grad_() for p in preds]
+    want = pydiffuse.guide(whole, "compose", x=x, **options)
+    mine = preds[rank].clone().requires_grad_()
+    with distributed.count_bytes() as sent:
+        parts = distributed.exchange_predictions(mine, group=group)
+    own = x.tensor_split(ranks, 1)[rank]
+    assert sent["exchange_predictions"] == 4 * (x.numel() - own.numel())
+    step = distributed.guide(parts, "compose", x=own, group=group, **options)
+    have = distributed.gather_parts(step, 7, group=group)
+    torch.testing.assert_close(have, want, rtol=1e-5, atol=1e-6)
+    want.square().sum().backward()
+    (have.square().sum() / ranks).backward()
+    torch.testing.assert_close(mine.grad, whole[rank].grad, rtol=1e-4, atol=1e-5)
+    refused(group, lambda r: distributed.exchange_predictions(x, dim=3, group=group), "dim is 3")
+    refused(group, lambda r: distributed.gather_parts(own, 9 + r, group=group), "gather_parts")
 
 
 def dtensors(group: dist.ProcessGroup) -> None:
@@ -564,3 +589,21 @@ def formulas(group: dist.ProcessGroup) -> None:
     tokens = torch.randn(1, each[rank], 3)
     found = sent(lambda: d.reorder(tokens, None, path, each, group=group))
     assert abs(found / f.reorder_bytes(1, each, rank, 3, 4) - 1) < 0.1
+
+
+def arrival(group: dist.ProcessGroup) -> None:
+    """Whoever comes late: the same bits."""
+    ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+    plan = pydiffuse.plans.dense(48)
+    q = torch.randn(1, 2, 48, 16, generator=torch.Generator().manual_seed(rank))[:, :, : 48 // ranks]
+    results = []
+    for late in (0, ranks - 1):
+        time.sleep(0.2 * (rank == late))
+        t = q.clone().requires_grad_()
+        out = distributed.tile_attention(t, t, t, plan, group=group, method="ring")
+        time.sleep(0.2 * (rank == late))
+        out.square().sum().backward()
+        c = distributed.apg(q, q.flip(2), 3.0, norm_threshold=1.0, group=group)
+        results.append((out, t.grad, c))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
