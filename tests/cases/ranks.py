@@ -307,7 +307,8 @@ def scan_cases(group: dist.ProcessGroup) -> None:
             pydiffuse.selective_scan, delta_softplus=True, layout=layout, path=path, **options
         )
         part = functools.partial(
-            distributed.selective_scan, delta_softplus=True, layout=layout, path=mine, method=method, group=group, **options
+            distributed.selective_scan, delta_softplus=True, layout=layout, path=mine, method=method,
+            group=group, **options
         )  # fmt: skip
         tolerance = 5e-3 if dtype is bf16 else 1e-6
         with distributed.count_bytes() as sent:
