@@ -32,6 +32,8 @@ def test_the_example_trains_as_one_process(processes):
     for size in (2, 4):
         for losses in processes.run(size, ranks.train, 6):
             torch.testing.assert_close(losses, one, rtol=2e-5, atol=0)
+    for losses in processes.run(2, ranks.train, 6, True):
+        torch.testing.assert_close(losses, one, rtol=2e-5, atol=0)
 
 
 def test_the_example_goes_on_after_a_rank_was_lost(processes, tmp_path):
@@ -78,6 +80,15 @@ def test_dtensors(processes, size):
     processes.run(size, ranks.dtensors)
 
 
+def test_attention_over_a_mesh(processes):
+    processes.run(4, ranks.attention_over_a_mesh)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_condition_for_each_rank(processes, size):
+    processes.run(size, ranks.conditions)
+
+
 def test_the_cost_model(processes, capsys):
     for size in (2, 4):
         processes.run(size, ranks.formulas)
@@ -92,7 +103,7 @@ def test_the_cost_model(processes, capsys):
 
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize(
-    "cases", ["conv_cases", "scan_cases", "inner_case", "attention_cases", "reorder_case"]
+    "cases", ["conv_cases", "scan_cases", "inner_case", "attention_cases", "reorder_case", "arrival"]
 )
 def test_tokens(processes, size, cases):
     processes.run(size, getattr(ranks, cases))

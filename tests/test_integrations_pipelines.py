@@ -10,6 +10,7 @@ diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed 
 from pydiffuse.integrations import diffusers as ours  # noqa: E402
 from tests.helpers import relative_error  # noqa: E402
 
+SAME = 1e-5  # weights that were loaded lie at other addresses, and torch's matmul may take other kernels there
 GUIDERS = {
     "ClassifierFreeGuidance": {"guidance_scale": 3.0, "stop": 0.8},
     "TangentialClassifierFreeGuidance": {"guidance_scale": 4.5, "guidance_rescale": 0.3},
@@ -61,14 +62,15 @@ def test_a_round_trip(name, parts, tmp_path):
     loaded = Sampler.from_pretrained(tmp_path)
     assert type(loaded.guider) is getattr(ours, name)
     assert dict(loaded.guider.config).items() >= GUIDERS[name].items()
-    assert torch.equal(loaded(*given), video)
+    assert relative_error(loaded(*given), video) < SAME
 
 
 def test_a_pipeline_of_diffusers(tmp_path):
     """MotifVideoPipeline, with prompts that are embedded already."""
     pytest.importorskip("transformers", reason="transformers is not installed (extra: test)")
     torch.manual_seed(0)
-    vae = diffusers.AutoencoderKLWan(base_dim=8, z_dim=4, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[False],
+    vae = diffusers.AutoencoderKLWan(base_dim=8, z_dim=4, dim_mult=[1, 1], num_res_blocks=1,
+        temperal_downsample=[False],
         latents_mean=[0.0] * 4, latents_std=[1.0] * 4)  # fmt: skip
     transformer = diffusers.MotifVideoTransformer3DModel(
         in_channels=9, out_channels=4, num_attention_heads=2, attention_head_dim=12, num_layers=1,
@@ -92,4 +94,4 @@ def test_a_pipeline_of_diffusers(tmp_path):
     pipe.save_pretrained(tmp_path)
     loaded = diffusers.MotifVideoPipeline.from_pretrained(tmp_path, **rest)
     assert isinstance(loaded.guider, ours.TangentialClassifierFreeGuidance)
-    assert expected.isfinite().all() and torch.equal(video(loaded), expected)
+    assert expected.isfinite().all() and relative_error(video(loaded), expected) < SAME

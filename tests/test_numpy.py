@@ -305,7 +305,8 @@ for path in (paths.zigzag((4, 6), 3), paths.hilbert((4, 6)), paths.from_order(rn
                       path=[path, path.reversed()])
 window = plans.sliding_tile((8, 6), (4, 3), (4, 9))
 some = [plans.frames(3, 16, 1), plans.local(48, 5), plans.causal(48), plans.block_causal(6, 8), window,
-        plans.groups([20, 28]), plans.joint({"image": window, "text": 3}), plans.union([plans.local(48, 5), plans.causal(48)]),
+        plans.groups([20, 28]), plans.joint({"image": window, "text": 3}),
+        plans.union([plans.local(48, 5), plans.causal(48)]),
         plans.per_head([window, plans.dense(48)]), plans.from_mask(rng.random((48, 48)) < 0.4, 16),
         plans.from_blocks(rng.random((3, 3)) < 0.7, [16] * 3)]
 for plan in some:

@@ -186,6 +186,31 @@ def convert(
     return mixed(call, Tables(table), (x, pred))[0][0]
 
 
+@overload
+def patch_step(
+    x: Tensor, pred: Tensor, t: Scalar, t_next: Scalar, patch_size: PatchSize = ..., *,
+    uncond: Tensor | None = ..., scale: Scalar = ..., mask: Tensor | None = ...,
+    method: Literal["multistep"], path: str = ..., predicts: str | None = ..., eta: float = ...,
+    noise: Tensor | None = ..., generator: torch.Generator | None = ...,
+    history: tuple[Tensor, Tensor] | None = ..., out: Tensor | None = ...,
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]: ...  # fmt: skip
+@overload
+def patch_step(
+    x: Tensor, pred: Tensor, t: Scalar, t_next: Scalar, patch_size: PatchSize = ..., *,
+    uncond: Tensor | None = ..., scale: Scalar = ..., mask: Tensor | None = ...,
+    method: Literal["euler", "ddim", "ancestral"] = ..., path: str = ..., predicts: str | None = ...,
+    eta: float = ..., noise: Tensor | None = ..., generator: torch.Generator | None = ...,
+    history: tuple[Tensor, Tensor] | None = ..., out: Tensor | None = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def patch_step(
+    x: Tensor, pred: Tensor, t: Scalar, t_next: Scalar, patch_size: PatchSize = ..., *,
+    uncond: Tensor | None = ..., scale: Scalar = ..., mask: Tensor | None = ..., method: str, path: str = ...,
+    predicts: str | None = ..., eta: float = ..., noise: Tensor | None = ...,
+    generator: torch.Generator | None = ..., history: tuple[Tensor, Tensor] | None = ..., out: Tensor | None = ...,
+) -> tuple[Any, ...]: ...  # fmt: skip
+
+
 def patch_step(
     x: Tensor,
     pred: Tensor,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -306,7 +307,8 @@ def scan_cases(group: dist.ProcessGroup) -> None:
             pydiffuse.selective_scan, delta_softplus=True, layout=layout, path=path, **options
         )
         part = functools.partial(
-            distributed.selective_scan, delta_softplus=True, layout=layout, path=mine, method=method, group=group, **options
+            distributed.selective_scan, delta_softplus=True, layout=layout, path=mine, method=method,
+            group=group, **options
         )  # fmt: skip
         tolerance = 5e-3 if dtype is bf16 else 1e-6
         with distributed.count_bytes() as sent:
@@ -473,11 +475,35 @@ def token_errors(group: dist.ProcessGroup) -> None:
     assert conv(t).shape == t.shape and attend(q).shape == q.shape, rank
 
 
-def train(group: dist.ProcessGroup, steps: int) -> list[float]:
+def train(group: dist.ProcessGroup, steps: int, fsdp: bool = False) -> list[float]:
     """The losses of the example."""
     from examples.distributed.train import train
 
-    return train(steps, group=group)
+    return train(steps, group=group, fsdp=fsdp)
+
+
+def conditions(group: dist.ProcessGroup) -> None:
+    """Every rank predicts for its condition, all guide and step their part."""
+    ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+    g = torch.Generator().manual_seed(0)
+    preds, x = torch.randn(ranks, 2, 7, 5, generator=g), torch.randn(2, 7, 5, generator=g)
+    weights = [1.0 + r for r in range(ranks - 1)]
+    options = {"a": 0.9, "b": 0.1, "weights": weights, "rescale": 0.5}
+    whole = [p.clone().requires_grad_() for p in preds]
+    want = pydiffuse.guide(whole, "compose", x=x, **options)
+    mine = preds[rank].clone().requires_grad_()
+    with distributed.count_bytes() as sent:
+        parts = distributed.exchange_predictions(mine, group=group)
+    own = x.tensor_split(ranks, 1)[rank]
+    assert sent["exchange_predictions"] == 4 * (x.numel() - own.numel())
+    step = distributed.guide(parts, "compose", x=own, group=group, **options)
+    have = distributed.gather_parts(step, 7, group=group)
+    torch.testing.assert_close(have, want, rtol=1e-5, atol=1e-6)
+    want.square().sum().backward()
+    (have.square().sum() / ranks).backward()
+    torch.testing.assert_close(mine.grad, whole[rank].grad, rtol=1e-4, atol=1e-5)
+    refused(group, lambda r: distributed.exchange_predictions(x, dim=3, group=group), "dim is 3")
+    refused(group, lambda r: distributed.gather_parts(own, 9 + r, group=group), "gather_parts")
 
 
 def dtensors(group: dist.ProcessGroup) -> None:
@@ -563,3 +589,48 @@ def formulas(group: dist.ProcessGroup) -> None:
     tokens = torch.randn(1, each[rank], 3)
     found = sent(lambda: d.reorder(tokens, None, path, each, group=group))
     assert abs(found / f.reorder_bytes(1, each, rank, 3, 4) - 1) < 0.1
+
+
+def arrival(group: dist.ProcessGroup) -> None:
+    """Whoever comes late: the same bits."""
+    ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+    plan = pydiffuse.plans.dense(48)
+    q = torch.randn(1, 2, 48, 16, generator=torch.Generator().manual_seed(rank))[:, :, : 48 // ranks]
+    results = []
+    for late in (0, ranks - 1):
+        time.sleep(0.2 * (rank == late))
+        t = q.clone().requires_grad_()
+        out = distributed.tile_attention(t, t, t, plan, group=group, method="ring")
+        time.sleep(0.2 * (rank == late))
+        out.square().sum().backward()
+        c = distributed.apg(q, q.flip(2), 3.0, norm_threshold=1.0, group=group)
+        results.append((out, t.grad, c))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+def attention_over_a_mesh(group: dist.ProcessGroup) -> None:
+    """Heads along one dimension of 2 x 2 ranks, rings along the other."""
+    rank, P = dist.get_rank(group), pydiffuse.plans
+    mesh = DeviceMesh("cpu", torch.arange(4).reshape(2, 2))
+    heads = P.per_head([P.local(60, 9), P.causal(60)])
+    ordered = P.sliding_tile((6, 10), (2, 5), (2, 5))
+    for plan, H, Hk, each, by in (
+        (P.frames(5, 12, 1), 4, 2, [15] * 4, None),
+        (heads, 2, 2, distributed.split(heads, 4), torch.tensor([0.2, 0.3])),
+        (ordered, 3, 3, [7, 20, 13, 20], 0.3),
+    ):
+        g = torch.Generator().manual_seed(4)
+        q, k, v = (torch.randn(2, h, 60, 16, generator=g) for h in (H, Hk, Hk))
+        first, last = bounds(each, rank)
+        options = {"scale": by, "return_lse": True}
+        compare(
+            group, functools.partial(pydiffuse.tile_attention, plan=plan, **options),
+            functools.partial(distributed.tile_attention, plan=plan, lengths=each, group=mesh, **options),
+            (q, k, v), lambda t, first=first, last=last: t[:, :, first:last], 1e-6,
+        )  # fmt: skip
+    refused(
+        group,
+        lambda r: distributed.tile_attention(q, k, v, ordered, group=mesh, method="ring"),
+        "two dimensions",
+    )

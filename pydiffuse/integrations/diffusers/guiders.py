@@ -1,12 +1,7 @@
-"""The guiders of diffusers (>= 0.42) with their arithmetic on pydiffuse: same names, same configuration.
-
-    from pydiffuse.integrations.diffusers import TangentialClassifierFreeGuidance
-    pipe.update_components(guider=TangentialClassifierFreeGuidance(guidance_scale=7.5))
+"""The guiders of diffusers with their arithmetic on pydiffuse: same names, same configuration.
 
 Only `forward` is replaced (and, in the tangential guider, a property that 0.42.1 reads from a field which
 does not exist). `pred_cond` and `pred_uncond` of the output are the model's, untouched.
-
-`attention_plan` gives a model's self-attentions a tile plan.
 """
 
 from __future__ import annotations
@@ -15,14 +10,10 @@ from typing import Any
 
 import diffusers.guiders as theirs
 import torch
-from diffusers.guiders import (
-    BaseGuidance as BaseGuidance,
-)  # `from_pretrained` of a pipeline looks for it here
 from diffusers.guiders.guider_utils import GuiderOutput
 from torch import Tensor
 
 from pydiffuse import guidance
-from pydiffuse.integrations.diffusers_attention import attention_plan
 
 
 def _unguided(cond: Tensor, uncond: Tensor | None) -> GuiderOutput:
@@ -117,13 +108,3 @@ class AdaptiveProjectedGuidance(theirs.AdaptiveProjectedGuidance):
                 **options,
             )
         return GuiderOutput(pred=pred, pred_cond=pred_cond, pred_uncond=pred_uncond)
-
-
-__all__ = [
-    "AdaptiveProjectedGuidance",
-    "ClassifierFreeGuidance",
-    "ClassifierFreeZeroStarGuidance",
-    "MagnitudeAwareGuidance",
-    "TangentialClassifierFreeGuidance",
-    "attention_plan",
-]
