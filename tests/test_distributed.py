@@ -80,6 +80,10 @@ def test_dtensors(processes, size):
     processes.run(size, ranks.dtensors)
 
 
+def test_attention_over_a_mesh(processes):
+    processes.run(4, ranks.attention_over_a_mesh)
+
+
 @pytest.mark.parametrize("size", [2, 4])
 def test_a_condition_for_each_rank(processes, size):
     processes.run(size, ranks.conditions)

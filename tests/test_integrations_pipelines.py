@@ -69,7 +69,8 @@ def test_a_pipeline_of_diffusers(tmp_path):
     """MotifVideoPipeline, with prompts that are embedded already."""
     pytest.importorskip("transformers", reason="transformers is not installed (extra: test)")
     torch.manual_seed(0)
-    vae = diffusers.AutoencoderKLWan(base_dim=8, z_dim=4, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[False],
+    vae = diffusers.AutoencoderKLWan(base_dim=8, z_dim=4, dim_mult=[1, 1], num_res_blocks=1,
+        temperal_downsample=[False],
         latents_mean=[0.0] * 4, latents_std=[1.0] * 4)  # fmt: skip
     transformer = diffusers.MotifVideoTransformer3DModel(
         in_channels=9, out_channels=4, num_attention_heads=2, attention_head_dim=12, num_layers=1,

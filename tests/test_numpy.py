@@ -257,6 +257,34 @@ def test_threads_change_no_bit():
     assert pn.cpu_capability() in ("default", "avx2", "avx512")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", scan.STEPS, ids=lambda case: case.id)
+def test_a_step_of_a_scan(case, dtype):
+    """Results and the new state, in whatever memory they are."""
+    for size in scan.SIZES.values() if dtype is torch.float32 else [scan.SIZES["odd"]]:
+        args, kwargs = case.make(scan.ScanMaker(size, dtype))
+        for change in (np.copy, backwards, np.asfortranarray, swapped):
+            state, x, *rest = (
+                change(as_array(a.clone())) if isinstance(a, torch.Tensor) else a for a in args
+            )
+            y = pn.selective_state_update(state, x, *rest, **kwargs)
+            theirs = args[0].clone()
+            expected = pydiffuse.selective_state_update(theirs, *args[1:], **kwargs)
+            same_bits(
+                [y, state.astype(state.dtype.newbyteorder("="))], [as_array(expected), as_array(theirs)]
+            )
+        out = np.empty_like(y)
+        state = as_array(args[0].clone())
+        found = pn.selective_state_update(state, *map(as_array, args[1:]), **kwargs, out=out)
+        assert found is out
+        same_bits([out], [y])
+
+
+def test_every_op_is_there():
+    """But for those that are there for their gradients, or for the products of a library."""
+    assert set(pydiffuse.OPS) - set(pn.__all__) == {"patch_loss", "routed_linear", "zigzag_mamba_inner"}
+
+
 NO_TORCH = """
 import pickle, sys
 import numpy as np
@@ -277,7 +305,8 @@ for path in (paths.zigzag((4, 6), 3), paths.hilbert((4, 6)), paths.from_order(rn
                       path=[path, path.reversed()])
 window = plans.sliding_tile((8, 6), (4, 3), (4, 9))
 some = [plans.frames(3, 16, 1), plans.local(48, 5), plans.causal(48), plans.block_causal(6, 8), window,
-        plans.groups([20, 28]), plans.joint({"image": window, "text": 3}), plans.union([plans.local(48, 5), plans.causal(48)]),
+        plans.groups([20, 28]), plans.joint({"image": window, "text": 3}),
+        plans.union([plans.local(48, 5), plans.causal(48)]),
         plans.per_head([window, plans.dense(48)]), plans.from_mask(rng.random((48, 48)) < 0.4, 16),
         plans.from_blocks(rng.random((3, 3)) < 0.7, [16] * 3)]
 for plan in some:
@@ -410,6 +439,7 @@ def test_bad_arrays():
         np.ones((2, 3, 5), np.float32),
         -np.ones((3, 3), np.float32),
     )
+    s = np.ones((3, 3, 3), np.float32)
     q, dense = np.ones((2, 3, 4, 8), np.float32), plans.dense(4)
     for bad, error, word in (
         (lambda: pn.cfg(c, c[:, :4], 2.0), ValueError, "(2, 4)"),
@@ -502,6 +532,10 @@ def test_bad_arrays():
         (lambda: pn.selective_scan(u, u, A, u, u, path=[]), ValueError, "empty list"),
         (lambda: pn.selective_scan(u, u, A, u, u, initial_state=u), ValueError, "initial_state"),
         (lambda: pn.selective_scan(u, u, A, u, u, delta_softplus=1), TypeError, "delta_softplus"),
+        (lambda: pn.selective_state_update(u, A, A, A, A, A), ValueError, "state is"),
+        (lambda: pn.selective_state_update([[0.0]], A, A, A, A, A), TypeError, "can be written"),
+        (lambda: pn.selective_state_update(s, A, u, A, A, A), ValueError, "dt is"),
+        (lambda: pn.selective_state_update(s, A, A, A, A, s), ValueError, "groups"),
         (lambda: pn.tile_attention(x, x, x, dense), ValueError, "head_dim 4"),
         (lambda: pn.tile_attention(q, q[:, :2], q[:, :2], dense), ValueError, "divisor"),
         (lambda: pn.tile_attention(q, q, q[:1], dense), ValueError, "v is"),

@@ -283,6 +283,24 @@ def test_the_number_of_threads_changes_under_calls():
     assert not wrong
 
 
+def test_threadpoolctl_sets_them():
+    threadpoolctl = pytest.importorskip("threadpoolctl", "3.5")
+    import pydiffuse.integrations.threadpoolctl  # noqa: F401
+
+    before = pn.num_threads()
+    try:
+        pn.set_num_threads(3)
+        with threadpoolctl.threadpool_limits(1):
+            assert pn.num_threads() == 1
+        with threadpoolctl.threadpool_limits(2, user_api="pydiffuse"):
+            assert pn.num_threads() == 2
+        with threadpoolctl.threadpool_limits(1, user_api="blas"):
+            assert pn.num_threads() == 3
+        assert pn.num_threads() == 3
+    finally:
+        pn.set_num_threads(before)
+
+
 FORK = """
 pn.set_num_threads(3)
 expected = pn.tcfg(c, u, 7.5)

@@ -2,9 +2,9 @@
 
     torchrun --nproc-per-node 2 examples/distributed/train.py --steps 20 --folder out/split
 
-Every rank holds a part of each image's tokens, all weights (with --fsdp a part), and draws the same batch; losses are those of one
-process. Each tenth step is saved by torch.distributed.checkpoint, and a run goes on from the last one it finds: with
-`torchrun --max-restarts 3` also after a rank was lost.
+Every rank holds a part of each image's tokens, all weights (with --fsdp a part), and draws the same batch;
+losses are those of one process. Each tenth step is saved by torch.distributed.checkpoint, and a run goes on
+from the last one it finds: with `torchrun --max-restarts 3` also after a rank was lost.
 """
 
 from __future__ import annotations

@@ -182,10 +182,10 @@ def guide(
         check_guide(preds, update)
     preds = tuple(preds)
     if ranks.size == 1 or not (row.curved or _rescales(rescale)):
+        options: dict[str, Any] = {**parameters, "predict": predict, "original": original, "out": out}
         return guidance.guide(
-            preds, rule, x=x, a=a, b=b, history=history, h=h, noise=noise, s=s, predict=predict,
-            original=original, rescale=rescale, out=out, **parameters,
-        )  # fmt: skip
+            preds, rule, x=x, a=a, b=b, history=history, h=h, noise=noise, s=s, rescale=rescale, **options
+        )
     return _guided(ranks, row, preds, update, values, original, rescale, out, emit)
 
 

@@ -113,31 +113,34 @@ class Video(NamedTuple):
         return frames(self.frames, self.tokens // self.frames, self.references)
 
     def row(self, ranks: int, device: Device) -> Row:
-        plan, head_dim = self.plan(), self.dim // self.heads
-        # Attention of whole heads is even whatever tokens a rank holds; that of the ring is where its queries are.
+        """The fastest way of splitting heads: over all ranks, over those of a node with rings across, or not."""
+        within = {n for n in (1, device.node, ranks) if ranks % n == 0 and n <= self.heads}
+        return min((self._row(ranks, n, device) for n in sorted(within)), key=lambda row: row.time)
+
+    def _row(self, ranks: int, within: int, device: Device) -> Row:
+        """Heads are split over `within` ranks, neighbours, and tokens travel in rings across."""
+        plan, head_dim, across = self.plan(), self.dim // self.heads, ranks // within
+        # Attention of whole heads is even whatever tokens a rank holds; that of a ring is where its queries are.
         each, more = divmod(self.tokens, ranks)
-        lengths = [each + (r < more) for r in range(ranks)]
-        if ranks > self.heads:
-            lengths = split(plan, ranks)
-        rank = ranks // 2
-        linear = 2 * max(lengths) * self.dim * (6 * self.dim + 2 * self.inner)
-        pairs = 4 * int(plan.kept[0]) * self.dim / ranks
-        compute, attention = linear / device.flops, pairs / device.flops
-        if ranks == 1:
-            return Row(1, self.layers * (compute + attention), 0.0, 0)
-        if ranks <= self.heads:
-            sent: float = ulysses_bytes(1, self.heads, self.heads, lengths, rank, head_dim, 2)
-            # Heads come whole: the rank with most of them is waited for.
-            attention *= math.ceil(self.heads / ranks) * ranks / self.heads
-            wait = sent / device.link(ranks) + 2 * device.latency
-        else:
-            sent = ring_bytes(1, self.heads, plan, lengths, rank, head_dim, 2)
-            steps = sum(
-                part(plan, bounds_of(lengths)[rank], keys) is not None for keys in bounds_of(lengths)
-            )
+        lengths = [each + (r < more) for r in range(ranks)] if across == 1 else split(plan, ranks)
+        rows = [lengths[i : i + within] for i in range(0, ranks, within)]
+        at = across // 2
+        heads = math.ceil(self.heads / within)  # of the rank that is waited for
+        linear = 2 * max(lengths) * self.dim * (6 * self.dim + 2 * self.inner) / device.flops
+        attention = 4 * int(plan.kept[0]) * heads * head_dim / across / device.flops
+        sent, wait = 0, 0.0
+        if within > 1:
+            sent = ulysses_bytes(1, self.heads, self.heads, rows[at], 0, head_dim, 2)
+            wait = sent / device.link(within) + 2 * device.latency
+        if across > 1:
+            sums = [sum(row) for row in rows]
+            keys = ring_bytes(1, heads, plan, sums, at, head_dim, 2)
+            ends = bounds_of(sums)
+            steps = sum(part(plan, ends[at], other) is not None for other in ends)
             # Keys travel while the attention of those before them is computed.
-            wait = max(0.0, sent / device.link(ranks) + steps * device.latency - attention)
-        return Row(ranks, self.layers * (compute + attention), self.layers * wait, self.layers * sent)
+            wait += max(0.0, keys / device.link(ranks) + steps * device.latency - attention)
+            sent += keys
+        return Row(ranks, self.layers * (linear + attention), self.layers * wait, self.layers * sent)
 
 
 class Image(NamedTuple):

@@ -13,7 +13,7 @@ The formulas stand in pydiffuse.reference.guidance.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -103,6 +103,19 @@ def cfg_zero(
     cond, uncond: [B, ...]. scale: w, a number or (B,). Returns [B, ...] in their dtype.
     """
     return value_of("cfg_zero", (cond, uncond), (scale,), original, rescale, out)
+
+
+@overload
+def apg(
+    cond: Tensor, uncond: Tensor, scale: Scalar, *, eta: Scalar = ..., norm_threshold: Scalar = ...,
+    momentum: None = None, state: None = None, original: bool = ..., rescale: Scalar = ..., out: Tensor | None = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def apg(
+    cond: Tensor, uncond: Tensor, scale: Scalar, *, eta: Scalar = ..., norm_threshold: Scalar = ...,
+    momentum: Scalar, state: Tensor | None = ..., original: bool = ..., rescale: Scalar = ...,
+    out: tuple[Tensor, Tensor] | None = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 def apg(
@@ -210,7 +223,13 @@ def rescale(guided: Tensor, cond: Tensor, factor: Scalar, *, out: Tensor | None 
     return value_of("rescale", (cond, guided), (), False, factor, out)
 
 
-def gram(preds: Sequence[Tensor], *, sums: bool = False) -> Any:
+@overload
+def gram(preds: Sequence[Tensor], *, sums: Literal[False] = False) -> Tensor: ...
+@overload
+def gram(preds: Sequence[Tensor], *, sums: Literal[True]) -> tuple[Tensor, Tensor]: ...
+
+
+def gram(preds: Sequence[Tensor], *, sums: bool = False) -> Tensor | tuple[Tensor, Tensor]:
     """The Gram matrix of each sample: G[b,i,j] = <p_i, p_j>, accumulated in float64.
 
     With `combine` it makes new rules a few lines of Python, differentiable to any order.
@@ -296,6 +315,28 @@ def superpose(
         inner, combine, preds, log_density, step, kind=kind, noise=noise, uncond=uncond, scale=scale,
         temperature=temperature, bias=bias,
     )  # fmt: skip
+
+
+@overload
+def guide(
+    preds: Sequence[Tensor], rule: Literal["apg"], *, x: Tensor, a: Scalar = ..., b: Scalar = ...,
+    history: Tensor | None = ..., h: Scalar = ..., noise: Tensor | None = ..., s: Scalar = ...,
+    predict: tuple[Scalar, Scalar] | None = ..., original: bool = ..., rescale: Scalar = ..., out: Any = ...,
+    **parameters: Any,
+) -> Any: ...  # fmt: skip
+@overload
+def guide(
+    preds: Sequence[Tensor], rule: str, *, x: Tensor, a: Scalar = ..., b: Scalar = ...,
+    history: Tensor | None = ..., h: Scalar = ..., noise: Tensor | None = ..., s: Scalar = ..., predict: None = None,
+    original: bool = ..., rescale: Scalar = ..., out: Tensor | None = ..., **parameters: Any,
+) -> Tensor: ...  # fmt: skip
+@overload
+def guide(
+    preds: Sequence[Tensor], rule: str, *, x: Tensor, a: Scalar = ..., b: Scalar = ...,
+    history: Tensor | None = ..., h: Scalar = ..., noise: Tensor | None = ..., s: Scalar = ...,
+    predict: tuple[Scalar, Scalar], original: bool = ..., rescale: Scalar = ...,
+    out: tuple[Tensor, Tensor] | None = ..., **parameters: Any,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 def guide(

@@ -33,6 +33,7 @@ from pydiffuse.numpy.patch import convert, dual_loop_t, noise_patches, patch_ste
 from pydiffuse.numpy.routing import channel_mask, gather_tokens, route, scatter_tokens
 from pydiffuse.numpy.scan import selective_scan
 from pydiffuse.numpy.superpose import superpose
+from pydiffuse.numpy.update import selective_state_update
 
 cpu_capability = _host.capability
 num_threads = _host.threads
@@ -67,6 +68,7 @@ __all__ = [
     "scatter_tokens",
     "select_patches",
     "selective_scan",
+    "selective_state_update",
     "set_num_threads",
     "slerp",
     "superpose",

@@ -307,7 +307,8 @@ def scan_cases(group: dist.ProcessGroup) -> None:
             pydiffuse.selective_scan, delta_softplus=True, layout=layout, path=path, **options
         )
         part = functools.partial(
-            distributed.selective_scan, delta_softplus=True, layout=layout, path=mine, method=method, group=group, **options
+            distributed.selective_scan, delta_softplus=True, layout=layout, path=mine, method=method,
+            group=group, **options
         )  # fmt: skip
         tolerance = 5e-3 if dtype is bf16 else 1e-6
         with distributed.count_bytes() as sent:
@@ -606,3 +607,30 @@ def arrival(group: dist.ProcessGroup) -> None:
         results.append((out, t.grad, c))
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
+
+
+def attention_over_a_mesh(group: dist.ProcessGroup) -> None:
+    """Heads along one dimension of 2 x 2 ranks, rings along the other."""
+    rank, P = dist.get_rank(group), pydiffuse.plans
+    mesh = DeviceMesh("cpu", torch.arange(4).reshape(2, 2))
+    heads = P.per_head([P.local(60, 9), P.causal(60)])
+    ordered = P.sliding_tile((6, 10), (2, 5), (2, 5))
+    for plan, H, Hk, each, by in (
+        (P.frames(5, 12, 1), 4, 2, [15] * 4, None),
+        (heads, 2, 2, distributed.split(heads, 4), torch.tensor([0.2, 0.3])),
+        (ordered, 3, 3, [7, 20, 13, 20], 0.3),
+    ):
+        g = torch.Generator().manual_seed(4)
+        q, k, v = (torch.randn(2, h, 60, 16, generator=g) for h in (H, Hk, Hk))
+        first, last = bounds(each, rank)
+        options = {"scale": by, "return_lse": True}
+        compare(
+            group, functools.partial(pydiffuse.tile_attention, plan=plan, **options),
+            functools.partial(distributed.tile_attention, plan=plan, lengths=each, group=mesh, **options),
+            (q, k, v), lambda t, first=first, last=last: t[:, :, first:last], 1e-6,
+        )  # fmt: skip
+    refused(
+        group,
+        lambda r: distributed.tile_attention(q, k, v, ordered, group=mesh, method="ring"),
+        "two dimensions",
+    )
