@@ -16,6 +16,10 @@ GUIDERS = {
     "TangentialClassifierFreeGuidance": {"guidance_scale": 4.5, "guidance_rescale": 0.3},
     "ClassifierFreeZeroStarGuidance": {"zero_init_steps": 2},
     "MagnitudeAwareGuidance": {"alpha": 3.0},
+    "AdaptiveProjectedMixGuidance": {
+        "adaptive_projected_guidance_start_step": 0,
+        "guidance_rescale": 0.2,
+    },
     "AdaptiveProjectedGuidance": {"eta": 0.3, "adaptive_projected_guidance_momentum": -0.5},
 }
 

@@ -114,9 +114,9 @@ def same_noise(monkeypatch):
     def draw(shape, generator=None, device=None, dtype=None):
         return torch.randn(shape, generator=generator).to(dtype)
 
-    from pydiffuse.integrations.diffusers.schedulers import linear
+    from pydiffuse.integrations.diffusers.schedulers import levels
 
-    for module in (scheduling_ddim, scheduling_dpmsolver_multistep, flow, linear):
+    for module in (scheduling_ddim, scheduling_dpmsolver_multistep, flow, levels):
         monkeypatch.setattr(module, "randn_tensor", draw)
 
 

@@ -10,12 +10,21 @@ from diffusers.guiders import BaseGuidance as BaseGuidance
 from diffusers.schedulers.scheduling_utils import SchedulerMixin as SchedulerMixin
 
 from pydiffuse.integrations.diffusers.attention import attention_plan
+from pydiffuse.integrations.diffusers.frequency import FrequencyDecoupledGuidance
 from pydiffuse.integrations.diffusers.guiders import (
     AdaptiveProjectedGuidance,
+    AdaptiveProjectedMixGuidance,
     ClassifierFreeGuidance,
     ClassifierFreeZeroStarGuidance,
     MagnitudeAwareGuidance,
     TangentialClassifierFreeGuidance,
+)
+from pydiffuse.integrations.diffusers.perturbed import (
+    AutoGuidance,
+    LTX2Guidance,
+    PerturbedAttentionGuidance,
+    SkipLayerGuidance,
+    SmoothedEnergyGuidance,
 )
 from pydiffuse.integrations.diffusers.schedulers import (
     DDIMScheduler,
@@ -27,12 +36,19 @@ from pydiffuse.integrations.diffusers.schedulers import (
 
 __all__ = [
     "AdaptiveProjectedGuidance",
+    "AdaptiveProjectedMixGuidance",
+    "AutoGuidance",
     "ClassifierFreeGuidance",
     "ClassifierFreeZeroStarGuidance",
     "DDIMScheduler",
     "DPMSolverMultistepScheduler",
     "FlowMatchEulerDiscreteScheduler",
+    "FrequencyDecoupledGuidance",
+    "LTX2Guidance",
     "MagnitudeAwareGuidance",
+    "PerturbedAttentionGuidance",
+    "SkipLayerGuidance",
+    "SmoothedEnergyGuidance",
     "TangentialClassifierFreeGuidance",
     "UniPCMultistepScheduler",
     "attention_plan",

@@ -10,17 +10,8 @@ from diffusers import schedulers
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput as Output
 from torch import Tensor
 
-from pydiffuse.integrations.diffusers.schedulers.linear import (
-    Row,
-    combinations,
-    data_of,
-    draw,
-    finite,
-    fits,
-    levels,
-    noise_of,
-    promoted,
-)
+from pydiffuse.integrations.diffusers.linear import Row, combinations, fits, promoted
+from pydiffuse.integrations.diffusers.schedulers.levels import data_of, draw, finite, levels, noise_of
 
 theirs: Any = schedulers
 

@@ -11,7 +11,8 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
 )
 from torch import Tensor
 
-from pydiffuse.integrations.diffusers.schedulers.linear import combinations, draw, fits, levels
+from pydiffuse.integrations.diffusers.linear import combinations, fits
+from pydiffuse.integrations.diffusers.schedulers.levels import draw, levels
 from pydiffuse.patch import patch_step
 
 INTEGERS = (torch.int64, torch.int32)

@@ -11,14 +11,8 @@ from diffusers import schedulers
 from diffusers.schedulers.scheduling_utils import SchedulerOutput as Output
 from torch import Tensor
 
-from pydiffuse.integrations.diffusers.schedulers.linear import (
-    combinations,
-    finite,
-    fits,
-    integrand,
-    level,
-    promoted,
-)
+from pydiffuse.integrations.diffusers.linear import combinations, fits, promoted
+from pydiffuse.integrations.diffusers.schedulers.levels import finite, integrand, level
 
 theirs: Any = schedulers
 
