@@ -31,7 +31,7 @@ coverage: $(VENV)/coverage
 
 # The CPU kernels' tests under AddressSanitizer and UBSan, by a build of their own.
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
-SANITIZED := test_guidance test_scan test_attention_cpu test_patch test_adaln test_routing test_numpy
+SANITIZED := test_guidance test_scan test_attention_cpu test_patch test_adaln test_routing test_numpy test_numpy_safety
 sanitize: $(VENV)/test
 	CXXFLAGS="-O1 -g1 -fno-omit-frame-pointer $(SANITIZE)" LDFLAGS="$(SANITIZE)" PYDIFFUSE_CUDA=0 \
 	  $(BIN)/python setup.py -q build --build-temp build/sanitized --build-lib build/sanitized/lib

@@ -289,29 +289,44 @@ PYDIFFUSE_HD inline void unpack(int k, const double* packed, bool sums, double* 
   for (int i = 0; i < k; ++i) sum[i] = sums ? packed[e++] : 0.0;
 }
 
-// The rows [outs, k + extras] of one sample's linear combinations, from its coefficients.
+// Equal predictions must come back as they are from coefficients that add up to one, whatever
+// cancels between these. So a sample's predictions are taken as one of them, the origin p_o, and
+// the differences to it:
+//   sum_i c_i p_i = (sum_i c_i) p_o + sum_{i != o} c_i (p_i - p_o).
+// o is the larger of the first two or, where all have one sign, the second, as in u + w (c - u);
+// none, -1, where only one of two has a weight, or another prediction has far more.
+PYDIFFUSE_HD inline int origin(int k, const double* c) {
+  if (k < 2 || (k == 2 && (c[0] == 0 || c[1] == 0))) return -1;
+  bool cancels = false;
+  for (int i = 1; i < k; ++i) cancels = cancels || (c[i] < 0) != (c[0] < 0);
+  const int o = cancels && std::fabs(c[0]) > std::fabs(c[1]) ? 0 : 1;
+  for (int i = 0; i < k; ++i)
+    if (!(std::fabs(c[i]) <= 8 * std::fabs(c[o]))) return -1;
+  return o;
+}
+
+// The rows [outs, k + extras + 1] of one sample's linear combinations, from its coefficients; the
+// last column is the sample's origin, in whose column the sum of the row's coefficients stands.
 PYDIFFUSE_HD inline void mix_rows(int k, int has, int emit, const double* params, const double* c,
                                   double* row) {
-  const int terms = k + (has & 1) + (has >> 1 & 1) + (has >> 2 & 1);
-  auto extras = [&](double x, double history, double noise) {
+  const int terms = k + (has & 1) + (has >> 1 & 1) + (has >> 2 & 1), o = origin(k, c);
+  auto add = [&](double scale, const double* weights, double x, double history, double noise) {
+    double sum = 0;
+    for (int i = 0; i < k; ++i) sum += weights[i], row[i] = scale * weights[i];
+    if (o >= 0) row[o] = scale * sum;
     int m = k;
     if (has & HAS_X) row[m++] = x;
     if (has & HAS_HISTORY) row[m++] = history;
     if (has & HAS_NOISE) row[m++] = noise;
-    row += terms;
+    row[terms] = o;
+    row += terms + 1;
   };
-  if (emit & EMIT_UPDATE) {
-    for (int i = 0; i < k; ++i) row[i] = params[param::b] * c[i];
-    extras(params[param::a], params[param::h], params[param::s]);
-  }
-  if (emit & EMIT_PREDICT) {
-    for (int i = 0; i < k; ++i) row[i] = params[param::q] * c[i];
-    extras(params[param::p], 0, 0);
-  }
+  if (emit & EMIT_UPDATE)
+    add(params[param::b], c, params[param::a], params[param::h], params[param::s]);
+  if (emit & EMIT_PREDICT) add(params[param::q], c, params[param::p], 0, 0);
   if (emit & EMIT_STATE) {  // APG: c - u + momentum state
     const double d[3] = {1, -1, params[param::RULE + 3]};
-    for (int i = 0; i < k; ++i) row[i] = d[i];
-    extras(0, 0, 0);
+    add(1, d, 0, 0, 0);
   }
 }
 

@@ -4,6 +4,7 @@ forward_kernel    a program per block of queries, head and sample, walks the spa
                   tile sees: whole steps of full spans without a mask, ends of spans and masked spans with one.
                   Softmax online in base 2, sums in float32.
 The backward      (attention_backward.py) recomputes: a kernel for dk and dv over blocks of keys, one for dq.
+attention_again   what a kernel does with a block that a NaN came into past a mask.
 
 Every element of an output belongs to one program, which adds in the plan's order: no atomics, and the same
 bits in every run and in every batch.
@@ -17,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pydiffuse.kernels.attention_again import any_nan, attend_again
 from pydiffuse.kernels.attention_backward import backward_launches
 from pydiffuse.kernels.attention_tile import (
     LN2,
@@ -96,7 +98,7 @@ def forward_kernel(
     PRECISION: tl.constexpr,
 ):
     B, H, group, head_plans, S = integers(sizes)
-    b, h, tile, first, last = block_of(side, B, H, head_plans, ROWS, PARTS)
+    b, h, tile, first, last = block_of(tl.program_id(0), side, B, H, head_plans, ROWS, PARTS)
     if PARTS > 1:
         if first >= last:
             return
@@ -104,9 +106,9 @@ def forward_kernel(
     inside = position < last
     token = tokens_of(order, position, inside)
     rows = read(head_at(q, b, h, VECTOR), q, token, inside, D, WIDEST, VECTOR)
-    if scales is not None:
-        scale = tl.load(scales + h)
     factor = scale * LOG2E
+    if scales is not None:
+        factor = tl.load(scales + h) * LOG2E
     k_at, v_at = head_at(k, b, h // group, VECTOR), head_at(v, b, h // group, VECTOR)
     row = position - tl.load(side[0] + tile)
     lowest = tl.full([ROWS], float("-inf"), tl.float32)
@@ -137,10 +139,17 @@ def forward_kernel(
     largest, total, sums = state
     inverse = tl.where(total == 0.0, 0.0, 1.0 / total)  # a row that sees nothing is 0
     sums = scaled(sums, inverse[:, None], D, WIDEST)
-    write(head_at(out, b, h, VECTOR), out, token, inside, sums, D, WIDEST, VECTOR)
+    out_at = head_at(out, b, h, VECTOR)
+    write(out_at, out, token, inside, sums, D, WIDEST, VECTOR)
     if lse is not None:
         value = tl.where(largest == float("inf"), largest, (largest + tl.log2(total)) * LN2)
         tl.store(lse + (b * H + h) * S + token, value, mask=inside)
+    if masks is not None:
+        if any_nan(sums):
+            attend_again(
+                out, q, k, v, scales, scale, sizes, side, masks, order,
+                PARTS, ROWS, D, VECTOR, PRECISION,
+            )  # fmt: skip
 
 
 def forward_launches(out: Tensor, lse: Tensor | None, a: Arguments) -> list[Launch]:

@@ -14,11 +14,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pydiffuse.kernels.attention_again import any_nan, keys_again, queries_again
 from pydiffuse.kernels.attention_tile import (
     LOG2E,
     Arguments,
     across,
     add_products,
+    base_of,
     block_of,
     check_sides,
     down,
@@ -35,6 +37,7 @@ from pydiffuse.kernels.attention_tile import (
     tile_of,
     tokens_of,
     vector_of,
+    weights_of,
     words_of,
     write,
     zeros,
@@ -73,24 +76,10 @@ def delta_kernel(
 
 
 @inner
-def base_of(lse):
-    # In base 2. Of a row that sees nothing, inf: its probabilities are 0.
-    return tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
-
-
-@inner
-def weights_of(s, lse, keep, factor):
-    # The probabilities again. lse: of base_of, broadcast over the other side.
-    p = tl.exp2(s * factor - lse)
-    if keep is not None:
-        p = tl.where(keep, p, 0.0)
-    return p
-
-
-@inner
 def add_to_keys(
     sums, k_rows, v_rows, q, q_at, dout, dout_at, lse, delta, tokens, live, keep, factor, weight,
-    DK: tl.constexpr, DV: tl.constexpr, D: tl.constexpr, WIDEST: tl.constexpr, VECTOR: tl.constexpr, PRECISION: tl.constexpr,
+    DK: tl.constexpr, DV: tl.constexpr,
+    D: tl.constexpr, WIDEST: tl.constexpr, VECTOR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     # One step of queries. Of one past its span p is 2^-inf. sums: of dk, of dv, or of both; no tuple holds
     # None, which Triton 3.6 cannot return.
@@ -142,19 +131,20 @@ def dkv_kernel(
     PRECISION: tl.constexpr,
 ):
     B, Hk, group, head_plans, S = integers(sizes)
-    b, hk, tile, first, last = block_of(side, B, Hk, group * head_plans, ROWS, PARTS)
+    b, hk, tile, first, last = block_of(tl.program_id(0), side, B, Hk, group * head_plans, ROWS, PARTS)
     if PARTS > 1:
         if first >= last:
             return
     position = first + tl.arange(0, ROWS)
     inside = position < last
     token = tokens_of(order, position, inside)
-    k_rows = read(head_at(k, b, hk, VECTOR), k, token, inside, D, WIDEST, VECTOR)
+    k_at, v_at = head_at(k, b, hk, VECTOR), head_at(v, b, hk, VECTOR)
+    k_rows = read(k_at, k, token, inside, D, WIDEST, VECTOR)
     DK: tl.constexpr = dk is not None
     DV: tl.constexpr = dv is not None
     v_rows, sums = None, ()
     if DK:
-        v_rows = read(head_at(v, b, hk, VECTOR), v, token, inside, D, WIDEST, VECTOR)
+        v_rows = read(v_at, v, token, inside, D, WIDEST, VECTOR)
         sums = sums + (zeros(ROWS, D, WIDEST),)
     if DV:
         sums = sums + (zeros(ROWS, D, WIDEST),)
@@ -194,6 +184,10 @@ def dkv_kernel(
                     sums, k_rows, v_rows, q, q_at, dout, dout_at, lse + row, delta + row, queries, live, keep,
                     factor, weight, DK, DV, D, WIDEST, VECTOR, PRECISION,
                 )  # fmt: skip
+    parts = sums[0]
+    if DK and DV:
+        parts = parts + sums[1]
+    bad = any_nan(parts)
     if DK:
         dk_sums = sums[0]
         if scales is None:
@@ -202,6 +196,18 @@ def dkv_kernel(
     if DV:
         dv_sums = sums[len(sums) - 1]
         write(head_at(dv, b, hk, VECTOR), dv, token, inside, dv_sums, D, WIDEST, VECTOR)
+    if masks is not None:
+        if bad:
+            if DK:
+                keys_again(
+                    dk, q, k, v, dout, lse, delta, scales, scale, sizes, side, masks, order,
+                    PARTS, ROWS, True, D, VECTOR, PRECISION,
+                )  # fmt: skip
+            if DV:
+                keys_again(
+                    dv, q, k, v, dout, lse, delta, scales, scale, sizes, side, masks, order,
+                    PARTS, ROWS, False, D, VECTOR, PRECISION,
+                )  # fmt: skip
 
 
 @inner
@@ -242,23 +248,25 @@ def dq_kernel(
     PRECISION: tl.constexpr,
 ):
     B, H, group, head_plans, S = integers(sizes)
-    b, h, tile, first, last = block_of(side, B, H, head_plans, ROWS, PARTS)
+    b, h, tile, first, last = block_of(tl.program_id(0), side, B, H, head_plans, ROWS, PARTS)
     if PARTS > 1:
         if first >= last:
             return
     position = first + tl.arange(0, ROWS)
     inside = position < last
     token = tokens_of(order, position, inside)
+    q_at, dout_at = head_at(q, b, h, VECTOR), head_at(dout, b, h, VECTOR)
     own = (
-        read(head_at(q, b, h, VECTOR), q, token, inside, D, WIDEST, VECTOR),
-        read(head_at(dout, b, h, VECTOR), dout, token, inside, D, WIDEST, VECTOR),
+        read(q_at, q, token, inside, D, WIDEST, VECTOR),
+        read(dout_at, dout, token, inside, D, WIDEST, VECTOR),
     )
     query = (b * H + h) * S + token
     lse_row = base_of(tl.load(lse + query, mask=inside, other=0.0))
     delta_row = tl.load(delta + query, mask=inside, other=0.0)
+    own_scale = scale
     if scales is not None:
-        scale = tl.load(scales + h)
-    factor = scale * LOG2E
+        own_scale = tl.load(scales + h)
+    factor = own_scale * LOG2E
     k_at, v_at = head_at(k, b, h // group, VECTOR), head_at(v, b, h // group, VECTOR)
     row = position - tl.load(side[0] + tile)
     sums = zeros(ROWS, D, WIDEST)
@@ -286,7 +294,22 @@ def dq_kernel(
             sums = add_to_queries(
                 sums, own, k, k_at, v, v_at, lse_row, delta_row, keys, live, keep, factor, D, WIDEST, VECTOR, PRECISION,
             )  # fmt: skip
-    write(head_at(dq, b, h, VECTOR), dq, token, inside, scaled(sums, scale, D, WIDEST), D, WIDEST, VECTOR)
+    write(
+        head_at(dq, b, h, VECTOR),
+        dq,
+        token,
+        inside,
+        scaled(sums, own_scale, D, WIDEST),
+        D,
+        WIDEST,
+        VECTOR,
+    )
+    if masks is not None:
+        if any_nan(sums):
+            queries_again(
+                dq, q, k, v, dout, lse, delta, scales, scale, sizes, side, masks, order,
+                PARTS, ROWS, D, VECTOR, PRECISION,
+            )  # fmt: skip
 
 
 def backward_launches(

@@ -312,12 +312,26 @@ def add_products(sums, weights, rows, D: tl.constexpr, WIDEST: tl.constexpr, PRE
 
 
 @inner
-def block_of(side, batch, heads, head_plans, ROWS: tl.constexpr, PARTS: tl.constexpr):
+def base_of(lse):
+    # In base 2. Of a row that sees nothing, inf: its probabilities are 0.
+    return tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
+
+
+@inner
+def weights_of(s, lse, keep, factor):
+    # The probabilities again. lse: of base_of, broadcast over the other side.
+    p = tl.exp2(s * factor - lse)
+    if keep is not None:
+        p = tl.where(keep, p, 0.0)
+    return p
+
+
+@inner
+def block_of(program, side, batch, heads, head_plans, ROWS: tl.constexpr, PARTS: tl.constexpr):
     # Programs: the heaviest block of all heads and samples, then the next, so that what runs last is
     # short; heads are neighbours, since those of a group read the same keys. head_plans: heads of the
     # plan for each of `heads`, 0 where all share one.
     _bounds, _starts, _spans, blocks, _tiles, per_plan = side
-    program = tl.program_id(0)
     part, program = program % PARTS, program // PARTS
     h, program = program % heads, program // heads
     b, block = program % batch, program // batch

@@ -64,6 +64,7 @@ def guide_kernel(
     ENTRIES: tl.constexpr,
     HAS: tl.constexpr,
     EMIT: tl.constexpr,  # 0: the one term is a gradient y, and output i is c_i y
+    PREDS: tl.constexpr,
     USED: tl.constexpr,
     ANY: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -84,13 +85,14 @@ def guide_kernel(
     for block in range(blocks):
         start = (chunk * blocks + block) * BLOCK
         stream(
-            outs, out_strides, terms, strides, rows, None, None, sample, start, n, USED, ANY, BLOCK, ALIGN
-        )
+            outs, out_strides, terms, strides, rows, None, None, sample, start, n,
+            PREDS, USED, ANY, BLOCK, ALIGN,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["n", "chunks"])
 def rule_kernel(
-    matrix,  # [B, J, M] float64; backward: [B, K, K + 1], dp_i = sum_j m_ij p_j + m_iK y + shift_i
+    matrix,  # [B, J, M + 1] float64; backward: [B, K, K + 1], dp_i = sum_j m_ij p_j + m_iK y + shift_i
     shift,  # backward: [B, K] float64, or None
     dvaried,  # backward: [B, columns] float64, or None
     partial,
@@ -149,10 +151,9 @@ def rule_kernel(
             tl.store(dvaried + sample * COLUMNS + seed - OWN, slope, mask=live)
     else:
         rows = combinations(params, c, K, HAS, EMIT)
-        TERMS: tl.constexpr = K + (HAS & 1) + (HAS >> 1 & 1) + (HAS >> 2 & 1)
         for j in tl.static_range(len(rows)):
-            for m in tl.static_range(len(rows[j])):  # terms that a row lacks are not read
-                tl.store(matrix + (sample * len(rows) + j) * TERMS + m, rows[j][m])
+            for m in tl.static_range(len(rows[j])):
+                tl.store(matrix + (sample * len(rows) + j) * len(rows[j]) + m, rows[j][m])
 
 
 class Rule(NamedTuple):
@@ -245,13 +246,13 @@ def guide_launches(
     every, more = (1 << k) - 1, ((1 << has.bit_count()) - 1) << k
     guided = 2 if code == RESCALE.value else every
     masks = {EMIT_UPDATE: guided | more, EMIT_PREDICT: guided | (has & 1) << k, EMIT_STATE: every}
-    mixture = Mixture(out, terms, tuple(mask for bit, mask in masks.items() if emit & bit))
+    mixture = Mixture(out, terms, tuple(mask for bit, mask in masks.items() if emit & bit), k)
     if not rule.curved():
         return [rule.stream(rows, mixture, None, 0, has, emit)]
     launch, partial, chunks = gram_pass(rows, terms[:k], rescaled)
     if k <= INLINE:
         return [launch, rule.stream(rows, mixture, partial, chunks, has, emit)]
-    matrix = partial.new_empty(rows.batch, len(out), len(terms))
+    matrix = partial.new_empty(rows.batch, len(out), len(terms) + 1)
     return [
         launch,
         rule.matrix(rows, (matrix, None, None), partial, chunks, has, emit),

@@ -23,17 +23,19 @@ def stream(
     out_strides,
     terms,
     strides,
-    rows,  # coefficients [J][M] in registers, or () if they are in `matrix`
-    matrix,  # of this sample: [J, M] float64
+    rows,  # coefficients [J][M] in registers, or () if they are in `matrix`; with PREDS, [J][M + 1]
+    matrix,  # of this sample: [J, M] float64; with PREDS, [J, M + 1]
     shift,  # of this sample: [J] float64, or None
     sample,
     start,
     n,
+    PREDS: tl.constexpr,  # leading terms that are taken as differences to one of them, the origin (last column)
     USED: tl.constexpr,  # per output, bit m: it has term m; what no output has is not read
     ANY: tl.constexpr,
     BLOCK: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
+    COLUMNS: tl.constexpr = len(terms) + (PREDS > 0)
     lane = tl.arange(0, BLOCK)
     live = lane < tl.multiple_of(n - start, ALIGN)
     t = ()
@@ -43,6 +45,16 @@ def stream(
             t = t + (tl.load(row + lane, mask=live, other=0.0).to(tl.float32),)
         else:
             t = t + (0.0,)
+    if PREDS > 1:  # as differences to the origin
+        if len(rows) == 0:
+            origin = tl.load(matrix + len(terms))
+        else:
+            origin = rows[0][len(terms)]
+        zero, one = tl.where(origin == 0, t[0], 0.0), tl.where(origin == 1, t[1], 0.0)
+        differences = (t[0] - one, t[1] - zero)
+        for m in tl.static_range(2, PREDS):
+            differences = differences + (t[m] - zero - one,)
+        t = differences + t[PREDS:]
     results = ()
     for j in tl.static_range(len(outs)):
         y = tl.full([BLOCK], -0.0, tl.float32)  # -0 + y = y, always
@@ -51,7 +63,7 @@ def stream(
         for m in tl.static_range(len(terms)):
             if USED[j] >> m & 1:
                 if len(rows) == 0:
-                    c = tl.load(matrix + j * len(terms) + m)
+                    c = tl.load(matrix + j * COLUMNS + m)
                 else:
                     c = rows[j][m]
                 y += tl.cast(c, tl.float32) * t[m]
@@ -69,10 +81,11 @@ def mix_kernel(
     out_strides,
     terms,
     strides,
-    matrix,  # [B, J, M] float64
+    matrix,  # [B, J, M] float64; with PREDS, [B, J, M + 1]
     shift,  # [B, J] float64, or None
     n,
     chunks,
+    PREDS: tl.constexpr,
     USED: tl.constexpr,
     ANY: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -80,13 +93,14 @@ def mix_kernel(
 ):
     program = tl.program_id(0)
     sample, chunk = (program // chunks).to(tl.int64), (program % chunks).to(tl.int64)
-    matrix += sample * len(outs) * len(terms)
+    matrix += sample * len(outs) * (len(terms) + (PREDS > 0))
     if shift is not None:
         shift += sample * len(outs)
     start = chunk * BLOCK
     stream(
-        outs, out_strides, terms, strides, (), matrix, shift, sample, start, n, USED, ANY, BLOCK, ALIGN
-    )
+        outs, out_strides, terms, strides, (), matrix, shift, sample, start, n,
+        PREDS, USED, ANY, BLOCK, ALIGN,
+    )  # fmt: skip
 
 
 class Mixture(NamedTuple):
@@ -96,6 +110,8 @@ class Mixture(NamedTuple):
     outs: Sequence[Tensor]
     terms: Sequence[Tensor]
     used: tuple[int, ...]
+    preds: int = 0
+    """Leading terms that are taken as differences to one of them, so that equal ones come back exactly."""
 
     def args(self, rows: Rows) -> tuple[Any, ...]:
         outs, terms = tuple(self.outs), tuple(self.terms)
@@ -106,7 +122,13 @@ class Mixture(NamedTuple):
         for mask in self.used:
             together |= mask
         block = mix_block(len(tensors))
-        return {"USED": self.used, "ANY": together, "BLOCK": block, "ALIGN": rows.align(tensors)}
+        return {
+            "PREDS": self.preds,
+            "USED": self.used,
+            "ANY": together,
+            "BLOCK": block,
+            "ALIGN": rows.align(tensors),
+        }
 
     def launch(self, rows: Rows, matrix: Tensor, shift: Tensor | None) -> Launch:
         constants = self.constants(rows)

@@ -253,30 +253,68 @@ def solve(
 
 
 @inner
+def origin(c, K: tl.constexpr):
+    # csrc/guidance_rules.h: -1, 0 or 1.
+    if K < 2:
+        return -1.0
+    else:
+        size0, size1 = tl.abs(c[0][0] + 0.0), tl.abs(c[1][0] + 0.0)
+        cancels = (c[1][0] < 0) != (c[0][0] < 0)
+        for i in tl.static_range(2, K):
+            cancels = cancels | ((c[i][0] < 0) != (c[0][0] < 0))
+        first = cancels & (size0 > size1)
+        most = 8.0 * tl.where(first, size0, size1)
+        there = (size0 <= most) & (size1 <= most)
+        for i in tl.static_range(2, K):
+            there = there & (tl.abs(c[i][0] + 0.0) <= most)
+        if K == 2:
+            there = there & (size0 > 0) & (size1 > 0)
+        return tl.where(there, tl.where(first, 0.0, 1.0), -1.0)
+
+
+@inner
+def combination(o, scale, c, extras, TERMS: tl.constexpr):
+    # A row: of the predictions, of x, history, noise where there are such, and the origin.
+    whole = c[0]
+    for i in tl.static_range(1, len(c)):
+        whole = whole + c[i]
+    row = (scale * tl.where(o == 0, whole, c[0]),)
+    if len(c) > 1:
+        row = row + (scale * tl.where(o == 1, whole, c[1]),)
+    for i in tl.static_range(2, len(c)):
+        row = row + (scale * c[i],)
+    row = row + extras
+    for _ in tl.static_range(len(row), TERMS):
+        row = row + (0.0,)
+    return row + (o,)
+
+
+@inner
 def combinations(params, c, K: tl.constexpr, HAS: tl.constexpr, EMIT: tl.constexpr):
-    # The outputs' coefficients of (preds, x, history, noise).
+    # The outputs' coefficients of (preds, x, history, noise), and last the origin.
+    TERMS: tl.constexpr = K + (HAS & 1) + (HAS >> 1 & 1) + (HAS >> 2 & 1)
+    o = origin(c, K)
+    guided = ()
+    for i in tl.static_range(K):
+        guided = guided + (c[i][0],)
     rows = ()
     if UPDATED & EMIT:
-        row = ()
-        for i in tl.static_range(K):
-            row = row + (params[B][0] * c[i][0],)
+        extras = ()
         if HAS_X & HAS:
-            row = row + (params[A][0],)
+            extras = extras + (params[A][0],)
         if HAS_HISTORY & HAS:
-            row = row + (params[H][0],)
+            extras = extras + (params[H][0],)
         if HAS_NOISE & HAS:
-            row = row + (params[S][0],)
-        rows = rows + (row,)
+            extras = extras + (params[S][0],)
+        rows = rows + (combination(o, params[B][0], guided, extras, TERMS),)
     if PREDICTED & EMIT:
-        row = ()
-        for i in tl.static_range(K):
-            row = row + (params[Q][0] * c[i][0],)
+        extras = ()
         if HAS_X & HAS:
-            row = row + (params[P][0],)
-        rows = rows + (row,)
+            extras = extras + (params[P][0],)
+        rows = rows + (combination(o, params[Q][0], guided, extras, TERMS),)
     if STATED & EMIT:  # APG: c - u + momentum state
-        row = (1.0, -1.0)
+        state = (1.0, -1.0)
         if K == 3:
-            row = row + (params[MOMENTUM][0],)
-        rows = rows + (row,)
+            state = state + (params[MOMENTUM][0],)
+        rows = rows + (combination(o, 1.0, state, (), TERMS),)
     return rows

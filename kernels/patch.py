@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pydiffuse._core.grids import HISTORY, METHODS, RESIDUAL, X
+from pydiffuse._core.grids import HISTORY, METHODS, PRED, RESIDUAL, UNCOND, X
 from pydiffuse.kernels.common import (
     WARPS,
     Launch,
@@ -36,6 +36,7 @@ from pydiffuse.kernels.patch_select import select_patches
 
 __all__ = ["mix_patches", "patch_loss", "select_patches"]
 BLOCK = 1024
+GUIDED = 1 << X | 1 << PRED | 1 << UNCOND  # terms, bit by bit
 MULTISTEP, RESIDUAL_OF = tl.constexpr(METHODS.index("multistep")), tl.constexpr(RESIDUAL)
 
 
@@ -61,6 +62,7 @@ def mix_patches_kernel(
     SOURCE: tl.constexpr,
     TARGET: tl.constexpr,
     PLACES: tl.constexpr,  # per output and term: its coefficient of those ten, or -1
+    GUIDED: tl.constexpr,  # terms 1 and 2 are c and u of u + w (c - u)
     KEPT: tl.constexpr,  # per output: the term that takes over where a patch stays, or -1
     WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -99,11 +101,13 @@ def mix_patches_kernel(
     w = scale
     if scales is not None:
         w = tl.load(scales + sample)
-    c = coefficients(now, following, before, w, eta, METHOD, PATH, SOURCE, TARGET)
+    c = coefficients(now, following, before, w, eta, METHOD, PATH, SOURCE, TARGET, GUIDED)
 
     x = ()
     for m in tl.static_range(len(terms)):
         x = x + (tl.load(terms[m] + sample * n + e, mask=live, other=0.0).to(tl.float32),)
+    if GUIDED:
+        x = (x[0], x[1] - x[2]) + x[2:]
     results = ()
     for j in tl.static_range(len(outs)):
         y = tl.full([BLOCK], -0.0, tl.float32)  # -0 + y = y, always
@@ -198,7 +202,8 @@ def _matrix(outs: int, terms: int, transposed: bool) -> dict[str, Any]:
     kept = (next((i for i, pair in enumerate(row) if pair in stay), -1) for row in pairs)
     # Only a step looks back, and history becomes what was predicted now.
     places = (5 * j + m if (j, m) != (1, HISTORY) else -1 for row in pairs for j, m in row)
-    return {"PLACES": tuple(places), "KEPT": tuple(kept)}
+    guided = not transposed and terms & GUIDED == GUIDED
+    return {"PLACES": tuple(places), "GUIDED": guided, "KEPT": tuple(kept)}
 
 
 def _images(op: str, tensors: Sequence[Tensor]) -> None:

@@ -88,6 +88,7 @@ def step(
     METHOD: tl.constexpr,
     PATH: tl.constexpr,
     SOURCE: tl.constexpr,
+    GUIDED: tl.constexpr,  # the prediction's coefficient is that of its difference to the unconditional one
 ):
     # [10]: x', then the new history; of x, prediction, unconditional one, history, noise
     none = tl.zeros(t.shape, tl.float32)
@@ -113,9 +114,12 @@ def step(
         if METHOD == ANCESTRAL:
             sigma, from_noise = renewed(t, t_next, now, then, eta, PATH)
         y = combined(source, (then[0], sigma), now[0], now[1])
+    left = 1.0 - w
+    if GUIDED:
+        left = 1.0
     return (
-        y[0], y[1] * w, y[1] * (1.0 - w), from_history, from_noise,
-        slope[0], slope[1] * w, slope[1] * (1.0 - w), none, none,
+        y[0], y[1] * w, y[1] * left, from_history, from_noise,
+        slope[0], slope[1] * w, slope[1] * left, none, none,
     )  # fmt: skip
 
 
@@ -130,13 +134,14 @@ def coefficients(
     PATH: tl.constexpr,
     SOURCE: tl.constexpr,
     TARGET: tl.constexpr,
+    GUIDED: tl.constexpr,
 ):
     # The same for every rule.
     none = tl.zeros(t.shape, tl.float32)
     if METHOD == RESIDUAL_OF:
         c = (t, none, none, none, -t, -t_next, none, none, none, t_next)
     elif METHOD <= MULTISTEP:
-        c = step(t, t_next, t_last, w, eta, METHOD, PATH, SOURCE)
+        c = step(t, t_next, t_last, w, eta, METHOD, PATH, SOURCE, GUIDED)
     else:
         alpha, sigma, _, _ = level(t, PATH)
         target = prediction(alpha, sigma, TARGET)

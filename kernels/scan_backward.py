@@ -320,7 +320,8 @@ def backward_launches(
         for block in range(sizes.state_blocks(tile)):
             args = (
                 tokens(out.du), tokens(out.ddelta), tokens(out.dz), dA, dD if block == 0 else None, dbias, dB,
-                dC, out.dinitial, saved, tokens(dout), dlast, starts, carries, tokens(a.u), tokens(a.delta), a.A, rows_of(a.B),
+                dC, out.dinitial, saved, tokens(dout), dlast, starts, carries, tokens(a.u), tokens(a.delta),
+                a.A, rows_of(a.B),
                 rows_of(a.C), a.D if block == 0 else None, tokens(a.z), a.delta_bias, a.initial, a.order,
                 sequence, sizes.args(tile), 1, path, block,
             )  # fmt: skip

@@ -3,7 +3,8 @@
 The public ops of `pydiffuse.guidance`, `scan`, `conv`, `attention`, `patch`, `adaln` and `routing` are
 re-exported here; `pydiffuse.paths` has orders over tokens, `pydiffuse.plans` the tiles of an attention,
 `pydiffuse.nn` modules, `pydiffuse.samplers` loops over a user's model, `pydiffuse.numpy` the ops without
-torch, `pydiffuse.distributed` the ops over several processes. `backends()` says what runs where. Everything is imported when it is first asked for.
+torch, `pydiffuse.distributed` the ops over several processes. `backends()` says what runs where. Everything is
+imported when it is first asked for.
 """
 
 from typing import TYPE_CHECKING

@@ -1,8 +1,10 @@
-"""`python -m pydiffuse info`: versions, backends per op, CPU capability, CUDA archs, devices."""
+"""`python -m pydiffuse info`: versions, backends per op, CPU capability, CUDA archs, devices; `plan-scale`: what the
+ops over several GPUs are computed to take."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.metadata
 import importlib.util
 import platform
@@ -44,9 +46,11 @@ def info() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m pydiffuse", description=__doc__)
-    parser.add_argument("command", choices=["info"])
-    parser.parse_args()
-    info()
+    parser.add_argument("command", choices=["info", "plan-scale"])
+    if parser.parse_args().command == "info":
+        info()
+    else:
+        importlib.import_module("pydiffuse.distributed.scale").main()
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from pydiffuse._core.draws import drawn
 from pydiffuse._core.grids import PatchSize, count_patches, patch_sizes
+from pydiffuse._core.words import plain
 from pydiffuse.patch import dual_loop_t, next_t, patch_step, select_patches
 
 Progress = Callable[[int, Tensor, Tensor], None] | None
@@ -95,6 +96,7 @@ def _start(
     blind = step.get("predicts") == "eps"
     if start is None:
         start = FIRST if blind else 0.0
+    steps = plain(steps)
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"{sampler}: steps is {steps!r}; accepted: an int, 1 or more")
     if not 0 <= start < 1 or (blind and start == 0):
@@ -125,6 +127,7 @@ def dual_loop(
     the others in `inner` parts, of which all but the first see the sure ones already there. One call of the
     model per part: steps * inner in all.
     """
+    inner = plain(inner)
     if isinstance(inner, bool) or not isinstance(inner, int) or inner < 1:
         raise ValueError(f"dual_loop: inner is {inner!r}; accepted: an int, 1 or more")
     t, parts = _start("dual_loop", x, patch_size, steps, start, step)
@@ -198,6 +201,7 @@ def staggered(
     block: frames that go together. ready: the first frames are data already, at level 1 throughout. shift:
     takes each level t to s t / (1 + (s - 1) t), as in `sample_t`.
     """
+    frames, steps, lag, block, ready = map(plain, (frames, steps, lag, block, ready))
     for name, value, least in (
         ("frames", frames, 1), ("steps", steps, 1), ("lag", lag, 0), ("block", block, 1), ("ready", ready, 0),
     ):  # fmt: skip

@@ -197,9 +197,6 @@ def test_nan_and_inf_propagate(backend, value):
     """To the queries that see them, and to no others."""
     (q, k, v, plan), _ = arguments(FRAMES, Size(1, 2, 2, 16))
     tensors = {"q": q, "k": k, "v": v}
-    sees = plan.to_dense()[0, :, 30].to(DEVICE)  # a token of the last frame; the middle one does not
-    with pd.use_backend("reference"):
-        clean = pd.tile_attention(q, k, v, plan)
     for place in tensors:
         given = {**tensors, place: tensors[place].clone()}
         given[place][0, 1, 30, 3] = value
@@ -208,13 +205,53 @@ def test_nan_and_inf_propagate(backend, value):
             for b in (backend, "reference")
         )
         good = out.isfinite()
-        if place == "v":  # the reference multiplies all values, also those of weight 0
-            expected = clean.clone()
-            expected[0, 1, sees, 3] = value
-        else:
-            assert torch.equal(lse.isfinite(), expected_lse.isfinite())
+        assert torch.equal(lse.isfinite(), expected_lse.isfinite())
         assert not good.all() and torch.equal(good, expected.isfinite())
         assert relative_error(out[good], expected[good]) < 1e-5
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+@pytest.mark.parametrize("place", ["q", "k", "v", "dout"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_a_mask_keeps_out_has_no_influence(backend, place, value):
+    """Within a tile: as if it were 0, forward and backward, for all that it does not reach."""
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.rand(40, 40, generator=generator) < 0.5
+    mask[:, 33:] = False  # padding, which none sees
+    mask[11] = False
+    bad = [3, 11, 36]  # tokens, one that is seen among them
+    dtype = torch.bfloat16 if backend == "cpu" and value == math.inf else torch.float32  # pairs, singles
+    given = {
+        n: torch.randn(1, 1, 40, 24, generator=generator).to(DEVICE, dtype)
+        for n in ("q", "k", "v", "dout")
+    }
+
+    def run_with(value):
+        tensors = {n: t.clone() for n, t in given.items()}
+        tensors[place][:, :, bad, 3] = value
+        inputs = [tensors[n].requires_grad_() for n in ("q", "k", "v")]
+        with pd.use_backend(backend):
+            out, lse = pd.tile_attention(*inputs, plans.from_mask(mask, 20), return_lse=True)
+            return [out.detach(), lse.detach(), *torch.autograd.grad(out, inputs, tensors["dout"])]
+
+    if place in ("k", "v"):
+        rows = mask[:, bad].any(1)  # queries that it reaches, and the keys that these see
+    else:
+        rows = torch.zeros(40, dtype=torch.bool)
+        rows[bad] = True
+    keys = mask[rows].any(0)
+    reached = {"out": rows, "lse": rows, "dq": rows, "dk": keys, "dv": keys}
+    assert rows.any() and not rows.all() and keys.any() and not keys.all()
+    for (name, hit), found, expected in zip(reached.items(), run_with(value), run_with(0.0), strict=True):
+        if place == "dout" and (backend == "reference" or name in ("out", "lse")):
+            continue  # no input of the forward; the reference's backward is autograd's
+        left = ~hit.to(DEVICE)
+        torch.testing.assert_close(
+            found[:, :, left], expected[:, :, left], msg=lambda m, n=name: f"{n}: {m}"
+        )
+        if backend == "cpu":
+            assert torch.equal(found[:, :, left], expected[:, :, left]), name
+        assert name == "lse" or not found.isfinite().all() or name == "dv"
 
 
 @by_backend

@@ -1,5 +1,6 @@
 """Every op within what torch wraps around it: out= in a graph, forward mode, threads, meta tensors
-(tests/test_matrix.py has compile, export and the transforms). The cases come from the table of ops, so that a new op is in here by itself."""
+(tests/test_matrix.py has compile, export and the transforms). The cases come from the table of ops, so that a
+new op is in here by itself."""
 
 from __future__ import annotations
 
@@ -56,7 +57,9 @@ OUT = {  # what each op with out= writes to, as (arguments with out, what is wri
         h, h, torch.ones(1, 3, 8), torch.zeros(1, 1, dtype=torch.int32), out=(torch.empty_like(h), o)
     )[1],
     "scatter_tokens": lambda h, o: pd.scatter_tokens(h, h[:, :1] + 1, torch.zeros(2, 1, dtype=torch.int32), out=o),
-    "noise_patches": lambda h, o: pd.noise_patches(h[:, None], 0.5, 1, noise=h[:, None], out=(o[:, None], torch.empty_like(h[:, None])))[0],
+    "noise_patches": lambda h, o: pd.noise_patches(
+        h[:, None], 0.5, 1, noise=h[:, None], out=(o[:, None], torch.empty_like(h[:, None]))
+    )[0],
     "patch_step": lambda h, o: pd.patch_step(h[:, None], h[:, None], 0.25, 0.5, 1, out=o[:, None])[0],
 }  # fmt: skip
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pydiffuse import distributed, plans
-from pydiffuse.distributed import slices
+from pydiffuse.distributed import scale, slices
 from tests.cases import ranks
 from tests.helpers import check_refused
 from tests.ranks import Processes
@@ -32,6 +32,8 @@ def test_the_example_trains_as_one_process(processes):
     for size in (2, 4):
         for losses in processes.run(size, ranks.train, 6):
             torch.testing.assert_close(losses, one, rtol=2e-5, atol=0)
+    for losses in processes.run(2, ranks.train, 6, True):
+        torch.testing.assert_close(losses, one, rtol=2e-5, atol=0)
 
 
 def test_the_example_goes_on_after_a_rank_was_lost(processes, tmp_path):
@@ -74,8 +76,34 @@ def test_errors_of_one_process():
 
 
 @pytest.mark.parametrize("size", [2, 4])
+def test_dtensors(processes, size):
+    processes.run(size, ranks.dtensors)
+
+
+def test_attention_over_a_mesh(processes):
+    processes.run(4, ranks.attention_over_a_mesh)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_condition_for_each_rank(processes, size):
+    processes.run(size, ranks.conditions)
+
+
+def test_the_cost_model(processes, capsys):
+    for size in (2, 4):
+        processes.run(size, ranks.formulas)
+    scale.main([1, 8, 64])
+    text = capsys.readouterr().out
+    assert "Computed, not measured" in text and all(name in text for name in scale.MODELS)
+    for model in (scale.Video(), scale.Video(references=2)):
+        times = [model.row(n, scale.H100).time for n in (1, 2, 4, 8)]
+        assert times == sorted(times, reverse=True)  # more GPUs of a node are faster
+        assert times[0] / times[3] <= 8
+
+
+@pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize(
-    "cases", ["conv_cases", "scan_cases", "inner_case", "attention_cases", "reorder_case"]
+    "cases", ["conv_cases", "scan_cases", "inner_case", "attention_cases", "reorder_case", "arrival"]
 )
 def test_tokens(processes, size, cases):
     processes.run(size, getattr(ranks, cases))

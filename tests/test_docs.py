@@ -11,7 +11,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 NEEDS = {
-    "integrations": ("diffusers", "0.42"),
+    "diffusers": ("diffusers", "0.42"),
     "huggingface_kernels": ("diffusers", "0.42"),
     "transformers": ("transformers", "5.24"),
 }

@@ -107,6 +107,56 @@ def test_threads_change_nothing():
     assert all(torch.equal(r, results[0]) for r in results)
 
 
+SCALES = (-3.0, 0.0, 0.3, 1.0, 1.7, 7.5, 100.3)
+OF_EQUALS = {  # what is left of equal predictions c is c
+    "cfg": lambda c, w: pydiffuse.cfg(c, c.clone(), w),
+    "cfg, a scale per sample": lambda c, w: pydiffuse.cfg(c, c.clone(), torch.full((len(c),), w)),
+    "cfg, original": lambda c, w: pydiffuse.cfg(c, c.clone(), w, original=True),
+    "tcfg": lambda c, w: pydiffuse.tcfg(c, c.clone(), w),
+    "magnitude_aware": lambda c, w: pydiffuse.magnitude_aware(c, c.clone(), w),
+    "apg": lambda c, w: pydiffuse.apg(c, c.clone(), w),
+    "slerp": lambda c, w: pydiffuse.slerp(c, c.clone(), w),
+    "perp_neg": lambda c, w: pydiffuse.perp_neg(c, c.clone(), [c.clone()], w, [1.5]),
+    "compose": lambda c, w: pydiffuse.compose([c, c.clone(), c.clone()], c.clone(), [w, 1.5, -2.0]),
+    "compose, many": lambda c, w: pydiffuse.compose(
+        [c] * 7, c.clone(), [w, 2.0, -1.0, 3.0, 1.0, 1.0, 1.0]
+    ),
+    "guide": lambda c, w: pydiffuse.guide([c, c.clone()], "cfg", x=torch.zeros_like(c), scale=w),
+    "patch_step": lambda c, w: pydiffuse.patch_step(
+        c.new_zeros(c.shape),
+        c,
+        torch.zeros(len(c), 4),
+        torch.ones(len(c), 4),
+        8,
+        uncond=c.clone(),
+        scale=w,
+    )[0],
+}
+
+
+@by_backend
+@pytest.mark.parametrize("op", OF_EQUALS.values(), ids=OF_EQUALS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_equal_predictions_come_back_exactly(backend, op, dtype):
+    c = torch.randn(3, 2, 16, 16, device=DEVICE).to(dtype)
+    with pydiffuse.use_backend(backend):
+        for scale in SCALES:
+            assert torch.equal(op(c, scale), c), scale
+
+
+@by_backend
+def test_far_coefficients_keep_their_terms(backend):
+    """Sums around one prediction only where that loses nothing: a tiny u, and coefficients far apart."""
+    c = torch.randn(2, 3000, device=DEVICE)
+    u = 1e-6 * torch.randn(2, 3000, device=DEVICE)
+    for preds, weights in ([c, u], (1e-3, 1.0)), ([u, c], (1e3, -1.0)), ([u, c], (1.0, 1.0)):
+        with pydiffuse.use_backend(backend):
+            out = pydiffuse.guide(preds, "linear", x=torch.zeros_like(c), weights=weights)
+        ref = sum(w * p.double() for w, p in zip(weights, preds, strict=True))
+        size = sum(abs(w) * p.double().abs() for w, p in zip(weights, preds, strict=True))
+        assert ((out - ref).abs() <= 2e-7 * 2 * size).all()
+
+
 @by_backend
 def test_nan_and_inf_stay_in_their_sample(backend):
     c, u = (torch.randn(4, 3000, device=DEVICE) for _ in range(2))

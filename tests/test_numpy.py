@@ -7,6 +7,7 @@ import itertools
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -16,8 +17,8 @@ from torch.utils._pytree import tree_map
 
 import pydiffuse
 import pydiffuse.numpy as pn
-from pydiffuse import paths
-from tests.cases import adaln, conv, guidance, patch, routing, scan
+from pydiffuse import paths, plans
+from tests.cases import adaln, attention, conv, guidance, patch, routing, scan
 from tests.helpers import doubled, leaves, relative_error
 
 MAKERS = {
@@ -28,6 +29,7 @@ MAKERS = {
     "scan": (scan, scan.ScanMaker),
     "bld": (scan, lambda size, dtype: scan.ScanMaker(size, dtype, layout="bld")),
     "conv": (conv, scan.ScanMaker),
+    "attention": (attention, lambda size, dtype: attention.Maker(attention.Size(*size), dtype)),
 }
 DRAWS = ("sample_t", "route")  # of NumPy's generator
 CASES = [
@@ -45,10 +47,16 @@ def takes_out(op):
 BY_OP = {case.op: (stem, case) for stem, case in CASES}
 
 
+SIZES = {
+    **{stem: list(scan.SIZES.values()) for stem in ("scan", "bld", "conv")},
+    "attention": [(2, 4, 2, 24), (1, 3, 3, 64), (0, 2, 1, 8)],
+}
+
+
 def makers(stem, dtype):
     """A maker for each shape of the family; of narrow dtypes one is enough."""
     family, make = MAKERS[stem]
-    shapes = list(getattr(family, "SHAPES", scan.SIZES).values())[: None if dtype is torch.float32 else 1]
+    shapes = list(SIZES.get(stem) or family.SHAPES.values())[: None if dtype is torch.float32 else 1]
     return [make(shape, dtype) for shape in shapes]
 
 
@@ -160,7 +168,11 @@ def test_any_array(op, layout):
     same_bits(call(op, changed), call(op, given))
 
 
-WITH_OUT = {op: 1 if op in ("patch_step", "superpose") else 9 for op in BY_OP if takes_out(op)}
+WITH_OUT = {
+    op: 1 if op in ("patch_step", "selective_scan", "superpose", "tile_attention") else 9
+    for op in BY_OP
+    if takes_out(op)
+}
 """How many of the results it is for, at most."""
 
 
@@ -245,9 +257,93 @@ def test_threads_change_no_bit():
     assert pn.cpu_capability() in ("default", "avx2", "avx512")
 
 
-def test_no_torch():
-    code = "import pydiffuse.numpy, sys; assert 'torch' not in sys.modules"
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", scan.STEPS, ids=lambda case: case.id)
+def test_a_step_of_a_scan(case, dtype):
+    """Results and the new state, in whatever memory they are."""
+    for size in scan.SIZES.values() if dtype is torch.float32 else [scan.SIZES["odd"]]:
+        args, kwargs = case.make(scan.ScanMaker(size, dtype))
+        for change in (np.copy, backwards, np.asfortranarray, swapped):
+            state, x, *rest = (
+                change(as_array(a.clone())) if isinstance(a, torch.Tensor) else a for a in args
+            )
+            y = pn.selective_state_update(state, x, *rest, **kwargs)
+            theirs = args[0].clone()
+            expected = pydiffuse.selective_state_update(theirs, *args[1:], **kwargs)
+            same_bits(
+                [y, state.astype(state.dtype.newbyteorder("="))], [as_array(expected), as_array(theirs)]
+            )
+        out = np.empty_like(y)
+        state = as_array(args[0].clone())
+        found = pn.selective_state_update(state, *map(as_array, args[1:]), **kwargs, out=out)
+        assert found is out
+        same_bits([out], [y])
+
+
+def test_every_op_is_there():
+    """But for those that are there for their gradients, or for the products of a library."""
+    assert set(pydiffuse.OPS) - set(pn.__all__) == {"patch_loss", "routed_linear", "zigzag_mamba_inner"}
+
+
+NO_TORCH = """
+import pickle, sys
+import numpy as np
+import pydiffuse.numpy as pn
+from pydiffuse import paths, plans
+
+rng = np.random.default_rng(0)
+def normal(*shape):
+    return rng.standard_normal(shape, np.float32)
+
+for path in (paths.zigzag((4, 6), 3), paths.hilbert((4, 6)), paths.from_order(rng.permutation(24))):
+    for way in (path, path.reversed()):
+        assert pickle.loads(pickle.dumps(way)) is way and way.reversed().reversed() is way and len(repr(way))
+    x, w = normal(2, 6, 24), normal(6, 3)
+    there = pn.causal_conv1d(x[..., path.visits], w)
+    assert np.array_equal(pn.causal_conv1d(x, w, path=path)[..., path.visits], there)
+    pn.selective_scan(x, np.abs(x), -np.ones((6, 4), np.float32), normal(2, 4, 24), normal(2, 4, 24),
+                      path=[path, path.reversed()])
+window = plans.sliding_tile((8, 6), (4, 3), (4, 9))
+some = [plans.frames(3, 16, 1), plans.local(48, 5), plans.causal(48), plans.block_causal(6, 8), window,
+        plans.groups([20, 28]), plans.joint({"image": window, "text": 3}),
+        plans.union([plans.local(48, 5), plans.causal(48)]),
+        plans.per_head([window, plans.dense(48)]), plans.from_mask(rng.random((48, 48)) < 0.4, 16),
+        plans.from_blocks(rng.random((3, 3)) < 0.7, [16] * 3)]
+for plan in some:
+    turned = plan.transpose()
+    assert turned.transpose() is plan and pickle.loads(pickle.dumps(plan)) is plan
+    q = normal(1, 2, plan.q_length, 16)
+    out, lse = pn.tile_attention(q, q, q, plan, return_lse=True)
+    assert plan.picture(32).any() and plan.summary() and np.isfinite(out).all()
+    plan.save(FILE)
+    assert plans.TilePlan.load(FILE) is plan
+pn.sample_t(2, 3), pn.route(2, 5, 0.5)
+assert "torch" not in sys.modules
+
+import torch  # tensors are made where they are asked for
+import pydiffuse
+for plan in some:
+    q = torch.ones(1, 2, plan.q_length, 16)
+    assert np.array_equal(pydiffuse.tile_attention(q, q, q, plan), pn.tile_attention(q, q, q, plan))
+    assert plan.tensors.spans.device == plan.device and plan.to("cpu") is plan
+    assert plan.to("meta").transpose().to("cpu") is plan.transpose()
+assert path.order.tolist() == path.visits.tolist() and path.to("cpu") is path and path.reversed().reversed() is path
+assert path.inverse[path.order.long()].tolist() == list(range(24))
+"""
+
+
+def test_no_torch(tmp_path):
+    code = NO_TORCH.replace("FILE", repr(str(tmp_path / "plan.json")))
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_the_example_runs():
+    example = Path(__file__).parent.parent / "examples/numpy_arrays.py"
+    done = subprocess.run(
+        [sys.executable, str(example)], check=True, timeout=120, capture_output=True, text=True
+    )
+    rows = [line for line in done.stdout.splitlines() if "differ by" in line]
+    assert len(rows) == 3 and all(float(line.split()[-1]) < 1e-4 for line in rows), done.stdout
 
 
 @pytest.mark.parametrize("kind", ["uniform", "logit_normal", "mode", "ltg", "nondecreasing"])
@@ -343,6 +439,8 @@ def test_bad_arrays():
         np.ones((2, 3, 5), np.float32),
         -np.ones((3, 3), np.float32),
     )
+    s = np.ones((3, 3, 3), np.float32)
+    q, dense = np.ones((2, 3, 4, 8), np.float32), plans.dense(4)
     for bad, error, word in (
         (lambda: pn.cfg(c, c[:, :4], 2.0), ValueError, "(2, 4)"),
         (lambda: pn.cfg(c, c.astype(np.int32), 2.0), TypeError, "int32"),
@@ -434,6 +532,23 @@ def test_bad_arrays():
         (lambda: pn.selective_scan(u, u, A, u, u, path=[]), ValueError, "empty list"),
         (lambda: pn.selective_scan(u, u, A, u, u, initial_state=u), ValueError, "initial_state"),
         (lambda: pn.selective_scan(u, u, A, u, u, delta_softplus=1), TypeError, "delta_softplus"),
+        (lambda: pn.selective_state_update(u, A, A, A, A, A), ValueError, "state is"),
+        (lambda: pn.selective_state_update([[0.0]], A, A, A, A, A), TypeError, "can be written"),
+        (lambda: pn.selective_state_update(s, A, u, A, A, A), ValueError, "dt is"),
+        (lambda: pn.selective_state_update(s, A, A, A, A, s), ValueError, "groups"),
+        (lambda: pn.tile_attention(x, x, x, dense), ValueError, "head_dim 4"),
+        (lambda: pn.tile_attention(q, q[:, :2], q[:, :2], dense), ValueError, "divisor"),
+        (lambda: pn.tile_attention(q, q, q[:1], dense), ValueError, "v is"),
+        (lambda: pn.tile_attention(q, q.astype(np.float16), q, dense), TypeError, "float32, as q is"),
+        (lambda: pn.tile_attention(q[:, :, :3], q, q, dense), ValueError, "q has 3 tokens"),
+        (
+            lambda: pn.tile_attention(q, q, q, plans.per_head([dense, plans.causal(4)])),
+            ValueError,
+            "2 heads",
+        ),
+        (lambda: pn.tile_attention(q, q, q, "dense"), TypeError, "plan is 'dense'"),
+        (lambda: pn.tile_attention(q, q, q, dense, scale=np.ones(2)), ValueError, "scale"),
+        (lambda: pn.tile_attention(q, q, q, dense, scale=np.inf), ValueError, "scale is inf"),
         (lambda: pn.channel_mask(1.5, 8), ValueError, "level"),
     ):
         with pytest.raises(error, match=re.escape(word)):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import pydiffuse.numpy as pn
-from pydiffuse import _host
+from pydiffuse import _host, plans
 from pydiffuse._core.rules import RULES
 
 C, U = (np.random.default_rng(i).standard_normal((4, 30_000), np.float32) for i in range(2))
@@ -139,10 +139,51 @@ SCAN = [
     True,
 ]
 
+Q, PLAN = np.ones((2, 2, 39, 8), np.float32), plans.frames(3, 13, 1).packed_array
+ORDERED = plans.sliding_tile((8, 6), (4, 3), (4, 3)).packed_array
+ATTEND = [Q.copy(), np.empty((2, 2, 39), np.float32), Q, Q, Q, None, 0.1, PLAN]
+
+
+def changed(a, place, value):
+    a = a.copy()
+    a[place] = value
+    return a
+
+
+@pytest.mark.parametrize("packed", [PLAN, ORDERED, plans.local(39, 5).packed_array])
+def test_damaged_plans(packed):
+    """Every number of a plan changed, by little and by much: refused, or a plan of other tiles."""
+    q = np.ones((1, 1, 48 if packed is ORDERED else 39, 8), np.float32)
+    refused = 0
+    for i in range(len(packed)):
+        for value in (-1, 0, 1, 2**31 - 1, -(2**31), packed[i] + 1, packed[i] ^ 64):
+            if not -(2**31) <= value < 2**31:
+                continue
+            try:
+                _host.tile_attention(q.copy(), None, q, q, q, None, 0.1, changed(packed, i, value))
+            except ValueError:
+                refused += 1
+    assert refused > len(packed)
+    for n in (0, 5, 11, 12, 13, len(packed) - 1):
+        with pytest.raises(ValueError):
+            _host.tile_attention(q.copy(), None, q, q, q, None, 0.1, packed[:n].copy())
+
 
 @pytest.mark.parametrize(
     ("function", "usual", "place", "wrong"),
     [
+        ("tile_attention", ATTEND, 0, Q[:1].copy()),
+        ("tile_attention", ATTEND, 0, read_only(Q)),
+        ("tile_attention", ATTEND, 1, np.empty((2, 2, 38), np.float32)),
+        ("tile_attention", ATTEND, 2, Q[..., :4].copy()),
+        ("tile_attention", ATTEND, 2, Q[:, :, :38].copy()),
+        ("tile_attention", ATTEND, 3, Q.astype(np.float16)),
+        ("tile_attention", ATTEND, 3, Q[:, :1].copy()),
+        ("tile_attention", ATTEND, 4, Q[:, :, ::-1]),
+        ("tile_attention", ATTEND, 4, Q.repeat(2, -1)[..., ::2]),
+        ("tile_attention", ATTEND, 5, np.ones(3, np.float32)),
+        ("tile_attention", ATTEND, 7, ORDERED),
+        ("tile_attention", ATTEND, 7, PLAN.astype(np.int64)),
         ("causal_conv1d", CONV, 0, S[:1].copy()),
         ("causal_conv1d", CONV, 0, read_only(S)),
         ("causal_conv1d", CONV, 1, S[:, ::-1]),
@@ -240,6 +281,24 @@ def test_the_number_of_threads_changes_under_calls():
             t.join()
         pn.set_num_threads(before)
     assert not wrong
+
+
+def test_threadpoolctl_sets_them():
+    threadpoolctl = pytest.importorskip("threadpoolctl", "3.5")
+    import pydiffuse.integrations.threadpoolctl  # noqa: F401
+
+    before = pn.num_threads()
+    try:
+        pn.set_num_threads(3)
+        with threadpoolctl.threadpool_limits(1):
+            assert pn.num_threads() == 1
+        with threadpoolctl.threadpool_limits(2, user_api="pydiffuse"):
+            assert pn.num_threads() == 2
+        with threadpoolctl.threadpool_limits(1, user_api="blas"):
+            assert pn.num_threads() == 3
+        assert pn.num_threads() == 3
+    finally:
+        pn.set_num_threads(before)
 
 
 FORK = """

@@ -131,10 +131,12 @@ def test_opcheck():
     calls = [
         (mix, (images[:2], tables[3], [m.image() for _ in range(4)], *step, rule, 1.0, 1.0, False)),
         (mix, (images[:4], None, [m.image() for _ in range(2)], *step, [3, 0, 0, 0, 15, 3], 1.0, 1.0, True)),
-        (mix, ([m.image()], None, images[:2], *tables[:2], None, None, None, grid, [RESIDUAL, 0, 0, 0, 1, 17], 1.0, 1.0, False)),
+        (mix, ([m.image()], None, images[:2], *tables[:2], None, None, None, grid,
+               [RESIDUAL, 0, 0, 0, 1, 17], 1.0, 1.0, False)),
         (loss, (sums, errors, *images[:2], *tables[:2], 0.01, grid)),
         (ops.select_patches.default, (ids, rest, m.mask(), None, m.table(), 2, None, None, 0.0)),
-        (ops.select_patches.default, (None, None, None, m.table().expand(3, -1, -1).contiguous(), m.table(), 2, *tables[:2], 0.0)),
+        (ops.select_patches.default, (None, None, None, m.table().expand(3, -1, -1).contiguous(),
+                                     m.table(), 2, *tables[:2], 0.0)),
     ]  # fmt: skip
     assert {op.name().split("::")[1] for op, _ in calls} == {
         name for name, stem in dispatch.STEMS.items() if stem == "patch"

@@ -202,7 +202,9 @@ def test_routed_linear_without_gradients(case, backend):
 def test_routed_linear_sizes():
     x, weights = torch.randn(2, 6, 8, device=DEVICE), torch.randn(3, 4, 8, device=DEVICE)
     modality = torch.tensor([[0, 0, 2, 2, 2, 0], [2, 0, 0, 0, 2, 2]], device=DEVICE)
-    expected = torch.stack([torch.stack([weights[m] @ v for m, v in zip(r, s)]) for r, s in zip(modality, x)])  # fmt: skip
+    expected = torch.stack([
+        torch.stack([weights[m] @ v for m, v in zip(r, s)]) for r, s in zip(modality, x)
+    ])  # fmt: skip
     for sizes in (None, (6, 0, 6)):
         torch.testing.assert_close(pd.routed_linear(x, weights, modality, sizes=sizes), expected)
     with torch.autocast(DEVICE, dtype=torch.bfloat16):

@@ -127,6 +127,11 @@ BAD = {  # what is wrong: (the call, the error, the words it must hold)
         ValueError,
         ["zigzag_mamba_inner", "xz", "5 channels", "even"],
     ),
+    "bias of the convolution": (
+        lambda: pd.zigzag_mamba_inner(torch.cat([u, u], 1), w, D[:5], x_proj(12), w, None, None, A),
+        ValueError,
+        ["zigzag_mamba_inner", "conv1d_bias", "(5,)"],
+    ),
     "bias and B": (
         lambda: pd.zigzag_mamba_inner(
             torch.cat([u, u], 1), w, None, x_proj(8), w, None, None, A, B=B, B_proj_bias=D[:4]

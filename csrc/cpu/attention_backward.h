@@ -100,17 +100,21 @@ inline void pairs_of_keys(float* rows, int64_t count, int before, int vectors) {
 // rows: a multiple of PAIR; `real` of them are queries, one more may be zeros.
 template <class Words>
 void attend(const AttentionCall& c, const BackwardScratch<Words>& s, const Seen& seen, int64_t rows,
-            int64_t real, float scale, float* dk, float* dv) {
+            int64_t real, float scale, bool wild_keys, bool wild_rows, float* dk, float* dv) {
   constexpr int PAIR = Words::PAIR;
   const int64_t wide = padded(c.dim), at = seen.chunk * KEYS, dim = c.dim / PAIR;
   const int vectors = seen.vectors(), before = seen.first_vector() * WIDTH;
   const int first = seen.lo / PAIR, keys = (seen.hi + PAIR - 1) / PAIR - first;  // in words
   const int count = seen.hi - seen.lo;
-  const float* k_rows = own_rows<Words>(s.k_rows + (at / PAIR + first) * wide, seen, wide, s.stage);
+  const float* all = s.k_rows + (at / PAIR + first) * wide;
+  const bool careful = wild_keys && seen.words;
+  const float* k_rows = careful ? all : own_rows<Words>(all, seen, wide, s.stage);
+  uint64_t copied = 0;
   for (int64_t r = 0; r < rows; r += STRIP) {
     const int64_t strip = rows - r < STRIP ? rows - r : STRIP;
     float* p = PAIR == 1 ? s.p + r * KEYS : s.strip_p;
     float* ds = PAIR == 1 ? s.ds + r * KEYS : s.strip_ds;
+    uint64_t bits[STRIP];
     product<Words>(s.queries + r * wide, wide, s.k_columns + at * dim + before, KEYS, dim, strip,
                    vectors, p + before, KEYS, false);
     product<Words>(s.douts + r * wide, wide, s.v_columns + at * dim + before, KEYS, dim, strip,
@@ -121,8 +125,8 @@ void attend(const AttentionCall& c, const BackwardScratch<Words>& s, const Seen&
       if (seen.whole()) {
         softmax_gradient<false>(row, grad, vectors, 0, scale, lse, delta);
       } else {
-        const uint64_t bits = r + i < real ? seen.bits(r + i) : 0;
-        softmax_gradient<true>(row, grad, vectors, bits >> before, scale, lse, delta);
+        bits[i] = r + i < real ? seen.bits(r + i) : 0;
+        softmax_gradient<true>(row, grad, vectors, bits[i] >> before, scale, lse, delta);
       }
     }
 #if defined(__AVX512BF16__)
@@ -132,8 +136,19 @@ void attend(const AttentionCall& c, const BackwardScratch<Words>& s, const Seen&
       pairs_of_keys(ds, strip, before, vectors);
     }
 #endif
-    product<Words>(ds + first, KEYS, k_rows, wide, keys, strip, wide / WIDTH, s.dqueries + r * wide,
-                   wide, true);
+    if (careful)
+      product_seen<Words>(ds + first, k_rows, seen, bits, strip, wide, s.dqueries + r * wide,
+                          s.stage, &copied);
+    else
+      product<Words>(ds + first, KEYS, k_rows, wide, keys, strip, wide / WIDTH,
+                     s.dqueries + r * wide, wide, true);
+  }
+  if (wild_rows && seen.words) {
+    product_seen_transposed<Words>(s.p, s.dout_rows, seen, rows / PAIR, real, wide, dv + at * wide,
+                                   s.row);
+    product_seen_transposed<Words>(s.ds, s.query_rows, seen, rows / PAIR, real, wide,
+                                   dk + at * wide, s.row);
+    return;
   }
   const int64_t key = (at + seen.lo) * wide;
   product<Words, true>(s.p + seen.lo, KEYS, s.dout_rows, wide, rows / PAIR, count, wide / WIDTH,
@@ -143,8 +158,9 @@ void attend(const AttentionCall& c, const BackwardScratch<Words>& s, const Seen&
 }
 
 // Reads a block's queries and what its rows of scores need; `rows` is `real` and what fills a pair.
+// True where a mask must keep one of them out of products.
 template <class Words>
-void open_block(const AttentionBackwardCall& call, const BackwardScratch<Words>& s, int64_t b,
+bool open_block(const AttentionBackwardCall& call, const BackwardScratch<Words>& s, int64_t b,
                 int64_t h, int64_t first, int64_t real, int64_t rows, float scale) {
   const AttentionCall& c = call.forward;
   const int64_t wide = padded(c.dim);
@@ -176,6 +192,8 @@ void open_block(const AttentionBackwardCall& call, const BackwardScratch<Words>&
     interleave(s.douts, rows, wide, s.dout_rows);
   }
   std::memset(s.dqueries, 0, rows * wide * sizeof(float));
+  return c.plan.masks &&
+         (any_wild<Words>(s.queries, rows * wide) || any_wild<Words>(s.douts, rows * wide));
 }
 
 template <class Words>
@@ -203,10 +221,10 @@ void backward(const AttentionBackwardArgs& a, int64_t begin, int64_t end, float*
         const int32_t* block = plan.q.block + (p * plan.q.blocks + i) * 3;
         const int64_t first = block[1], real = block[2] - first;
         const int64_t rows = (real + Words::PAIR - 1) / Words::PAIR * Words::PAIR;
-        open_block(a.call, s, b, h, first, real, rows, scale);
+        const bool wild_rows = open_block(a.call, s, b, h, first, real, rows, scale);
         for_seen(plan, p, block, [&](const Seen& seen) {
-          head.need(seen.chunk);
-          attend(c, s, seen, rows, real, scale, dk, dv);
+          const bool wild_keys = head.need(seen.chunk);
+          attend(c, s, seen, rows, real, scale, wild_keys, wild_rows, dk, dv);
         });
         for (int64_t r = 0; r < real; ++r)
           write_token(s.dqueries + r * wide, 1.0f, a.call.dq,

@@ -98,14 +98,16 @@ inline void exponentials(float* scores, int vectors, uint64_t bits, float scale,
 
 template <class Words>
 void attend(const AttentionCall& c, const ForwardScratch& s, const Seen& seen, int64_t rows,
-            float scale) {
+            float scale, bool wild) {
   constexpr int PAIR = Words::PAIR;
   const int64_t wide = padded(c.dim), dim = c.dim / PAIR;
   const int vectors = seen.vectors(), before = seen.first_vector() * WIDTH;
   const int first = seen.lo / PAIR, keys = (seen.hi + PAIR - 1) / PAIR - first;  // in words
   const float* columns = s.columns + seen.chunk * KEYS * dim + before;
-  const float* values =
-      own_rows<Words>(s.values + (seen.chunk * KEYS / PAIR + first) * wide, seen, wide, s.stage);
+  const float* all = s.values + (seen.chunk * KEYS / PAIR + first) * wide;
+  const bool careful = wild && seen.words;
+  const float* values = careful ? all : own_rows<Words>(all, seen, wide, s.stage);
+  uint64_t copied = 0;
   for (int64_t r = 0; r < rows; r += STRIP) {
     const int64_t count = rows - r < STRIP ? rows - r : STRIP;
     uint64_t bits[STRIP], any = 0;
@@ -123,8 +125,13 @@ void attend(const AttentionCall& c, const ForwardScratch& s, const Seen& seen, i
       else
         exponentials<Words, true>(scores, vectors, bits[i] >> before, scale, row, wide);
     }
-    product<Words>(s.scores + first - before / PAIR, KEYS, values, wide, keys, count, wide / WIDTH,
-                   s.sums + r * wide, wide, true);
+    const float* weights = s.scores + first - before / PAIR;
+    if (careful)
+      product_seen<Words>(weights, values, seen, bits, count, wide, s.sums + r * wide, s.stage,
+                          &copied);
+    else
+      product<Words>(weights, KEYS, values, wide, keys, count, wide / WIDTH, s.sums + r * wide,
+                     wide, true);
   }
 }
 
@@ -150,8 +157,8 @@ void forward(const AttentionCall& c, int64_t begin, int64_t end, float* scratch)
     std::memset(s.totals, 0, rows * WIDTH * sizeof(float));
     head.open(b, c.kv_head(h));
     for_seen(plan, p, block, [&](const Seen& seen) {
-      head.need(seen.chunk);
-      attend<Words>(c, s, seen, rows, scale);
+      const bool wild = head.need(seen.chunk);
+      attend<Words>(c, s, seen, rows, scale, wild);
     });
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t token = plan.token(first + r);

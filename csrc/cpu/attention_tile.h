@@ -135,6 +135,17 @@ inline void read_words(const Heads& heads, int64_t at, int dim, float* dst, int6
   std::memset(dst + dim / 2, 0, (width - dim / 2) * sizeof(float));
 }
 
+// Whether any of n numbers is infinite or NaN; n is a multiple of WIDTH. 0 x is 0 of all others.
+template <class Words>
+inline bool any_wild(const float* words, int64_t n) {
+  vfloat sum{};
+  for (int64_t i = 0; i < n; i += WIDTH)
+    sum = Words::multiply_add(sum, load<vfloat>(words + i), vfloat{});
+  bool wild = false;
+  for (int i = 0; i < WIDTH; ++i) wild |= sum[i] != 0.0f;
+  return wild;
+}
+
 // Rows of words [count, wide] that are pairs of features -> [count / 2, wide] pairs of rows.
 inline void interleave(const float* from, int64_t count, int64_t wide, float* to) {
   typedef uint32_t words __attribute__((vector_size(WIDTH * 4)));
@@ -168,8 +179,9 @@ struct Packing {
     }
   }
 
+  // True where a mask must keep a row out of products, since its number times 0 is not 0.
   template <class Words>
-  void pack(int64_t chunk) const {
+  bool pack(int64_t chunk) const {
     constexpr int PAIR = Words::PAIR;
     const int64_t wide = padded(dim);
     float* r = rows && PAIR == 1 ? rows + chunk * KEYS * wide : stage;
@@ -180,8 +192,9 @@ struct Packing {
       else
         read_words<Words>(heads, heads.at(b, h, plan.token(position)), dim, r + i * wide, wide);
     }
+    const bool wild = rows && plan.masks && any_wild<Words>(r, KEYS * wide);
     if (rows && PAIR == 2) interleave(r, KEYS, wide, rows + chunk * KEYS / PAIR * wide);
-    if (!columns) return;
+    if (!columns) return wild;
     float* c = columns + chunk * KEYS * dim / PAIR;
     for (int64_t i = 0; i < KEYS; i += WIDTH)
       for (int64_t j = 0; j < dim / PAIR; j += WIDTH) {
@@ -190,6 +203,7 @@ struct Packing {
         transpose(v);
         for (int n = 0; n < WIDTH && j + n < dim / PAIR; ++n) store(c + (j + n) * KEYS + i, v[n]);
       }
+    return wild;
   }
 };
 
@@ -199,20 +213,23 @@ inline int64_t chunks_of(int64_t length) { return (length + KEYS - 1) / KEYS; }
 template <class Words>
 struct PackedHead {
   Packing keys, values;
-  uint8_t* packed;  // [chunks]
+  uint8_t* packed;  // [chunks]: 0, or PACKED, or WILD: with an infinity or NaN in what has rows
+  enum : uint8_t { PACKED = 1, WILD = 2 };
 
   void open(int64_t b, int64_t h) {
     if (b == keys.b && h == keys.h) return;
     keys.b = values.b = b, keys.h = values.h = h;
     std::memset(packed, 0, chunks_of(keys.length));
   }
-  void need(int64_t chunk) const {
-    if (packed[chunk]) return;
-    packed[chunk] = 1;
-    keys.template pack<Words>(chunk);
-    values.template pack<Words>(chunk);
-    keys.fetch(chunk + 1);
-    values.fetch(chunk + 1);
+  bool need(int64_t chunk) const {  // whether it is wild
+    if (!packed[chunk]) {
+      const bool wild_keys = keys.template pack<Words>(chunk);
+      const bool wild_values = values.template pack<Words>(chunk);
+      packed[chunk] = wild_keys || wild_values ? WILD : PACKED;
+      keys.fetch(chunk + 1);
+      values.fetch(chunk + 1);
+    }
+    return packed[chunk] == WILD;
   }
 };
 
@@ -278,6 +295,12 @@ inline void for_seen(const Plan& plan, int64_t plan_head, const int32_t* block, 
   }
 }
 
+// Halves of words: numbers at even places are low ones.
+inline void keep_half(float* words, int64_t n, bool low, bool high) {
+  const uint32_t mask = (low ? 0x0000ffffu : 0) | (high ? 0xffff0000u : 0);
+  for (int64_t i = 0; i < n; ++i) words[i] = bits_to_float(float_to_bits(words[i]) & mask);
+}
+
 // What a product reads of a chunk's rows of words, from the pair of the first key on. An odd end
 // shares its pair with a key that is not seen: its half is zeros in a copy, so that a NaN there
 // stays there.
@@ -287,13 +310,76 @@ inline const float* own_rows(const float* rows, const Seen& seen, int64_t wide, 
   if (seen.lo % 2 == 0 && seen.hi % 2 == 0) return rows;
   const int64_t pairs = (seen.hi + 1) / 2 - seen.lo / 2;
   std::memcpy(copy, rows, pairs * wide * sizeof(float));
-  const auto keep = [&](int64_t pair, uint32_t half) {
-    for (float* p = copy + pair * wide; p < copy + (pair + 1) * wide; ++p)
-      *p = bits_to_float(float_to_bits(*p) & half);
-  };
-  if (seen.lo % 2) keep(0, 0xffff0000u);
-  if (seen.hi % 2) keep(pairs - 1, 0x0000ffffu);
+  if (seen.lo % 2) keep_half(copy, wide, false, true);
+  if (seen.hi % 2) keep_half(copy + (pairs - 1) * wide, wide, true, false);
   return copy;
+}
+
+// The same for a row of queries that sees the keys in `bits`, all others zeros.
+template <class Words>
+inline void rows_seen(const float* rows, const Seen& seen, uint64_t bits, int64_t wide,
+                      float* copy) {
+  constexpr int PAIR = Words::PAIR;
+  const int first = seen.lo / PAIR, keys = (seen.hi + PAIR - 1) / PAIR - first;
+  std::memcpy(copy, rows, keys * wide * sizeof(float));
+  for (int k = 0; k < keys; ++k, copy += wide) {
+    const uint64_t key = bits >> (first + k) * PAIR;
+    if (PAIR == 1 && !(key & 1)) std::memset(copy, 0, wide * sizeof(float));
+    if (PAIR == 2 && (key & 3) != 3) keep_half(copy, wide, key & 1, key & 2);
+  }
+}
+
+// C [rows, wide] += weights [rows, keys] rows_of_keys [keys, wide] for rows that see the keys in
+// their `bits`: weights elsewhere are zeros, and so are, in a copy, the keys' rows. Neighbours that
+// see the same share a copy. `copied`: the bits of what the copy holds.
+template <class Words>
+inline void product_seen(const float* weights, const float* rows_of_keys, const Seen& seen,
+                         const uint64_t* bits, int64_t rows, int64_t wide, float* C, float* copy,
+                         uint64_t* copied) {
+  constexpr int PAIR = Words::PAIR;
+  const int keys = (seen.hi + PAIR - 1) / PAIR - seen.lo / PAIR;
+  for (int64_t i = 0, end; i < rows; i = end) {
+    for (end = i + 1; end < rows && bits[end] == bits[i];) ++end;
+    if (!bits[i]) continue;
+    if (bits[i] != *copied) rows_seen<Words>(rows_of_keys, seen, bits[i], wide, copy);
+    *copied = bits[i];
+    product<Words>(weights + i * KEYS, KEYS, copy, wide, keys, end - i, wide / WIDTH, C + i * wide,
+                   wide, true);
+  }
+}
+
+// C [keys of the chunk, wide] += weights [rows, KEYS] transposed, rows_of_queries [rows, wide], of
+// `rows` words each, where rows see keys and nowhere else. `copy`: a row.
+template <class Words>
+inline void product_seen_transposed(const float* weights, const float* rows_of_queries,
+                                    const Seen& seen, int64_t rows, int64_t real, int64_t wide,
+                                    float* C, float* copy) {
+  constexpr int PAIR = Words::PAIR;
+  for (int64_t r = 0; r < rows; ++r) {
+    const float* query = rows_of_queries + r * wide;
+    const uint64_t low = seen.bits(r * PAIR);
+    const uint64_t high = PAIR == 2 && r * 2 + 1 < real ? seen.bits(r * 2 + 1) : 0;
+    const auto add = [&](uint64_t bits, const float* row) {
+      while (bits) {  // runs of keys
+        const int from = __builtin_ctzll(bits);
+        const uint64_t rest = ~(bits >> from);
+        const int count = rest ? __builtin_ctzll(rest) : 64;
+        product<Words, true>(weights + r * KEYS + from, KEYS, row, wide, 1, count, wide / WIDTH,
+                             C + from * wide, wide, true);
+        bits = from + count < 64 ? bits >> (from + count) << (from + count) : 0;
+      }
+    };
+    if constexpr (PAIR == 1) {
+      add(low, query);
+    } else {
+      add(low & high, query);
+      for (int half = 0; half < 2; ++half) {
+        std::memcpy(copy, query, wide * sizeof(float));
+        keep_half(copy, wide, half == 0, half == 1);
+        add(half == 0 ? low & ~high : high & ~low, copy);
+      }
+    }
+  }
 }
 
 // Scores times the scale, rounded: the forward's largest one, which lse is made of, is the

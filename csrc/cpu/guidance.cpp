@@ -139,16 +139,35 @@ void gram(const GramArgs& a, int64_t begin, int64_t end) {
   for (int64_t item = begin; item < end; ++item) gram_item_pairs(a, item);
 }
 
-// dst = start + sum_m c[m] term[m], where `start` is a constant or, if `more`, dst itself.
-template <class E, int M>
-void weigh(const typename E::Bits* const* term, const float* c, float shift, bool more, int64_t n,
-           typename E::Bits* dst, bool past_cache) {
+// A sum of terms: start + sum_m c[m] (term[m] - around), where `start` is a constant or, if `more`,
+// what dst holds; terms with `apart` are taken as they are, and all of them if nothing is `around`.
+template <class Bits>
+struct Sum {
+  const Bits* const* term;
+  const float* c;
+  const bool* apart;
+  const Bits* around;
+  float shift;
+  bool more;
+};
+
+template <class E, int M, bool AROUND>
+void weigh(const Sum<typename E::Bits>& sum, int64_t n, typename E::Bits* dst, bool past_cache) {
+  const auto [term, c, apart, around, shift, more] = sum;
   int64_t i = 0;
   vfloat w[M];
-  for (int m = 0; m < M; ++m) w[m] = vfloat{} + c[m];
+  vint minus[M];
+  for (int m = 0; m < M; ++m) {
+    w[m] = vfloat{} + c[m];
+    minus[m] = vint{} - (AROUND && !apart[m]);
+  }
   auto value = [&](int64_t at) {
     vfloat y = more ? E::read(dst + at) : vfloat{} + shift;
-    for (int m = 0; m < M; ++m) y += w[m] * E::read(term[m] + at);
+    const vint o = AROUND ? (vint)E::read(around + at) : vint{};
+    for (int m = 0; m < M; ++m) {
+      const vfloat x = E::read(term[m] + at);
+      y += w[m] * (AROUND ? x - (vfloat)(o & minus[m]) : x);
+    }
     return y;
   };
   if (past_cache && reinterpret_cast<uintptr_t>(dst) % (WIDTH * sizeof *dst) == 0) {
@@ -162,21 +181,29 @@ void weigh(const typename E::Bits* const* term, const float* c, float shift, boo
   }
   for (; i < n; ++i) {
     float y = more ? E::read_one(dst + i) : shift;
-    for (int m = 0; m < M; ++m) y += c[m] * E::read_one(term[m] + i);
+    const float o = AROUND ? E::read_one(around + i) : 0;
+    for (int m = 0; m < M; ++m)
+      y += c[m] * (E::read_one(term[m] + i) - (AROUND && !apart[m] ? o : 0));
     E::write_one(dst + i, y);
   }
 }
 
 constexpr int GROUP = 6;  // terms per sweep; more are added on top, in float32
 
+template <class E, bool AROUND>
+void weigh(int terms, const Sum<typename E::Bits>& sum, int64_t n, typename E::Bits* dst,
+           bool past_cache) {
+  using Sweep = void (*)(const Sum<typename E::Bits>&, int64_t, typename E::Bits*, bool);
+  static constexpr Sweep SWEEP[GROUP] = {weigh<E, 1, AROUND>, weigh<E, 2, AROUND>,
+                                         weigh<E, 3, AROUND>, weigh<E, 4, AROUND>,
+                                         weigh<E, 5, AROUND>, weigh<E, 6, AROUND>};
+  SWEEP[terms - 1](sum, n, dst, past_cache);
+}
 template <class E>
-void weigh(int terms, const typename E::Bits* const* term, const float* c, float shift, bool more,
-           int64_t n, typename E::Bits* dst, bool past_cache) {
-  using Sweep = void (*)(const typename E::Bits* const*, const float*, float, bool, int64_t,
-                         typename E::Bits*, bool);
-  static constexpr Sweep SWEEP[GROUP] = {weigh<E, 1>, weigh<E, 2>, weigh<E, 3>,
-                                         weigh<E, 4>, weigh<E, 5>, weigh<E, 6>};
-  SWEEP[terms - 1](term, c, shift, more, n, dst, past_cache);
+void weigh(int terms, const Sum<typename E::Bits>& sum, int64_t n, typename E::Bits* dst,
+           bool past_cache) {
+  sum.around ? weigh<E, true>(terms, sum, n, dst, past_cache)
+             : weigh<E, false>(terms, sum, n, dst, past_cache);
 }
 
 // A row of a sample's matrix, with the unused terms left out.
@@ -184,15 +211,20 @@ struct Row {
   int terms = 0;
   int index[MAX_TERMS];
   float c[MAX_TERMS];
+  bool apart[MAX_TERMS];  // not one of those that are summed around `around`
+  int around = -1;
   float shift;
 
   Row() = default;
   Row(const MixArgs& a, int64_t sample, int j)
       : shift(a.shift ? float(a.shift[sample * a.outs + j]) : -0.0f) {  // -0 + y = y, always
+    const double* row = a.matrix + (sample * a.outs + j) * a.columns;
+    if (a.preds) around = int(row[a.terms]);
     for (int m = 0; m < a.terms; ++m)
       if (a.used[j] >> m & 1) {
         index[terms] = m;
-        c[terms++] = float(a.matrix[(sample * a.outs + j) * a.terms + m]);
+        apart[terms] = m == around || m >= a.preds;
+        c[terms++] = float(row[m]);
       }
   }
 };
@@ -207,8 +239,11 @@ void mix_item_in_place(const MixArgs& a, const Part& part, const Row* row) {
       const typename E::Bits* term[GROUP];
       for (int m = 0; m < row[j].terms; ++m)
         term[m] = at<E>(a.term[row[j].index[m]], part.sample, start);
-      weigh<E>(row[j].terms, term, row[j].c, row[j].shift, false, n,
-               at<E>(a.out[j], part.sample, start), a.stream);
+      const int o = row[j].around;
+      weigh<E>(row[j].terms,
+               {term, row[j].c, row[j].apart,
+                o < 0 ? nullptr : at<E>(a.term[o], part.sample, start), row[j].shift, false},
+               n, at<E>(a.out[j], part.sample, start), a.stream);
     }
   }
 }
@@ -228,7 +263,10 @@ void mix_item_by_scratch(const MixArgs& a, const Part& part, const Row* row,
         const int count = std::min(GROUP, row[j].terms - m);
         const float* used[GROUP];
         for (int i = 0; i < count; ++i) used[i] = term[row[j].index[m + i]];
-        weigh<F32>(count, used, row[j].c + m, row[j].shift, m > 0, n, result[j], false);
+        weigh<F32>(count,
+                   {used, row[j].c + m, row[j].apart + m,
+                    row[j].around < 0 ? nullptr : term[row[j].around], row[j].shift, m > 0},
+                   n, result[j], false);
       }
     }
     for (int j = 0; j < a.outs; ++j) narrow(result[j], a.out[j], part.sample, start, n);

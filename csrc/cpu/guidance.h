@@ -22,7 +22,9 @@ struct MixArgs {  // out_j = shift_j + sum_m matrix_jm term_m, per sample
   int64_t batch, n, chunks;
   Rows term[MAX_TERMS], out[MAX_OUTS];
   uint32_t used[MAX_OUTS];  // bit m: term m appears in out_j (a zero coefficient still counts)
-  const double* matrix;     // [batch, outs, terms]
+  int preds;                // leading terms that are summed around one of them, if any; then the
+  int columns;              // matrix has a column more, their origin (see guidance_rules.h)
+  const double* matrix;     // [batch, outs, columns]
   const double* shift;      // [batch, outs], or null
   bool stream;              // the outputs are too large to be worth caching
   bool disjoint;            // no output shares memory with a term

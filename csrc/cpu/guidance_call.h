@@ -120,7 +120,7 @@ void gram_solve_mix(const GramPass* gram, MixArgs& a, const Solve& solve, Parall
 
 inline MixArgs mix_args(int terms, int64_t batch, int64_t n) {
   MixArgs a{};
-  a.terms = terms;
+  a.terms = a.columns = terms;
   a.batch = batch;
   a.n = n;
   a.chunks = chunks_of(n);
@@ -154,12 +154,14 @@ void guide(const GuideCall& call, Parallel&& parallel) {
   const int k = call.k, width = stats(k, call.rescaled);
   MixArgs a = mix_args(k + bits(call.has), call.batch, call.n);
   a.outs = mix_masks(call.rule, k, call.has, call.emit, a.used);
+  a.preds = k;
+  a.columns = a.terms + 1;
   std::copy(call.pred, call.pred + k, a.term);
   std::copy(call.extra, call.extra + bits(call.has), a.term + k);
   std::copy(call.out, call.out + a.outs, a.out);
 
   const bool curved = needs_gram(call.rule, call.rescaled);
-  const int64_t rows = int64_t(a.outs) * a.terms;
+  const int64_t rows = int64_t(a.outs) * a.columns;
   std::vector<double> work(call.batch * (rows + width));
   double *matrix = work.data(), *packed = matrix + call.batch * rows;
   a.matrix = matrix;

@@ -36,6 +36,7 @@ struct Blend {
   int term[TERMS];
   const float* c = nullptr;  // [terms][TILE]: per column
   int kept = -1;             // the term that takes over where a patch stays; -1: zeros do
+  bool guided = false;       // u + w (c - u): the second term is taken less the third
 };
 
 struct Strip {
@@ -124,6 +125,9 @@ void begin(const MixPatchesArgs& a, int64_t item, Strip& s) {
   s.any_stays = arrive(a, s, w, now, next, stays);
 
   const vdouble scale = vdouble{} + double(a.scales ? a.scales[s.sample] : a.scale);
+  // Around the unconditional prediction, so that equal ones give themselves, whatever the scale.
+  const bool guided = !a.transposed && a.terms > 2 && a.term_place[1] == TERM_PRED &&
+                      a.term_place[2] == TERM_UNCOND;
   const int places = a.outs * a.terms;
   const vdouble* from[MAX_COEFFICIENTS];  // of each output and term
   for (int i = 0; i < places; ++i) {
@@ -135,6 +139,8 @@ void begin(const MixPatchesArgs& a, int64_t item, Strip& s) {
       return __builtin_convertvector(load<vhalf>(t + p), vdouble);
     };
     coefficients(a.rule, Levels<vdouble>{at(now), at(next), at(before)}, scale, s.matrix);
+    if (guided)
+      for (auto& row : s.matrix) row[TERM_UNCOND] += row[TERM_PRED];
     for (int i = 0; i < places; ++i) store(value[i] + p, __builtin_convertvector(*from[i], vhalf));
   }
 
@@ -144,6 +150,7 @@ void begin(const MixPatchesArgs& a, int64_t item, Strip& s) {
     Blend& blend = s.out[j];
     blend = Blend{};
     blend.c = s.c[used];
+    blend.guided = guided;
     for (int m = 0; m < a.terms; ++m) {
       const int out = a.transposed ? a.term_place[m] : a.out_place[j];
       const int term = a.transposed ? a.out_place[j] : a.term_place[m];
@@ -197,12 +204,16 @@ inline float fused(float a, float b, float y) {
 template <class E, int M>
 __attribute__((noinline)) void last_columns(const typename E::Bits* const* t, const float* by,
                                             const int32_t* stays, const typename E::Bits* old,
-                                            bool moves, typename E::Bits* dst, int64_t i, int64_t n,
-                                            int rows, int64_t pitch) {
+                                            bool moves, bool guided, typename E::Bits* dst,
+                                            int64_t i, int64_t n, int rows, int64_t pitch) {
   for (; i < n; ++i)
     for (int64_t at = i, r = 0; r < rows; ++r, at += pitch) {
       float y = -0.0f;
-      for (int m = 0; m < M; ++m) y = fused(by[m * TILE + i], E::read_one(t[m] + at), y);
+      for (int m = 0; m < M; ++m) {
+        float x = E::read_one(t[m] + at);
+        if (M > 2 && m == 1 && guided) x -= E::read_one(t[M > 2 ? 2 : 0] + at);
+        y = fused(by[m * TILE + i], x, y);
+      }
       if (stays && stays[i]) y = E::read_one(old + (moves ? at : 0));
       E::write_one(dst + at, y);
     }
@@ -215,12 +226,13 @@ struct Sweep {
   static constexpr bool RARE = M == 0 || M == TERMS;  // a gradient that is zero, or by no rule
   const Bits *term[M + 1] = {}, *kept[J];
   bool moves[J];  // kept goes along the rows
+  bool guided;
   const float* c[J];
   const int32_t* stays;
   Bits* out[J];
 
   Sweep(const Bits* const* terms, Bits* const* outs, const Blend* b, const Strip& s)
-      : stays(s.stays) {
+      : guided(b->guided), stays(s.stays) {
     for (int m = 0; m < M; ++m) term[m] = terms[b->term[m]];
     for (int j = 0; j < J; ++j) {
       moves[j] = b[j].kept >= 0;
@@ -253,6 +265,8 @@ struct Sweep {
       for (int64_t at = i, r = 0; r < R; ++r, at += pitch) {
         vfloat x[M + 1];
         for (int m = 0; m < M; ++m) x[m] = E::read(t[m] + at);
+        if constexpr (M > 2)
+          if (guided) x[1] -= x[2];
         for (int j = 0; j < J; ++j) {
           vfloat y = vfloat{} - 0.0f;  // -0 + y = y, always
           for (int m = 0; m < M; ++m) y = fused(k[j][m], x[m], y);
@@ -268,8 +282,8 @@ struct Sweep {
     for (; i + WIDTH <= n; i += WIDTH) vectors(i, false);
     if (i == n) return;
     for (int j = 0; j < J; ++j)
-      last_columns<E, M>(t, by[j], STAYS ? stays + to : nullptr, old[j], moves[j], dst[j], i, n, R,
-                         pitch);
+      last_columns<E, M>(t, by[j], STAYS ? stays + to : nullptr, old[j], moves[j], guided, dst[j],
+                         i, n, R, pitch);
   }
 };
 

@@ -151,6 +151,8 @@ void guide_cuda(const Tensors& out, const Tensors& preds, const MaybeTensor& x,
   on.see(call.out, outs);
   MixArgs a = mix_args(on, k + extras, outs);
   mix_masks(call.rule, k, call.has, call.emit, a.used);
+  a.preds = k;
+  a.columns = a.terms + 1;
   std::copy(call.pred, call.pred + k, a.term);
   std::copy(call.extra, call.extra + extras, a.term + k);
   std::copy(call.out, call.out + outs, a.out);
@@ -163,7 +165,7 @@ void guide_cuda(const Tensors& out, const Tensors& preds, const MaybeTensor& x,
     mix_rows(k, r.has, r.emit, r.params, c, a.fixed);
     return run_mix(on, a);
   }
-  SolveArgs s{on.split, r, {}, on.doubles(layout.batch * outs * a.terms), outs * a.terms};
+  SolveArgs s{on.split, r, {}, on.doubles(layout.batch * outs * a.columns), outs * a.columns};
   if (r.curved) {
     s.partials = on.partials(k, rescaled);
     run_gram(on, k, rescaled, call.pred, s.partials);

@@ -39,12 +39,13 @@ struct MixArgs {  // out_j = shift_j + sum_m c_jm term_m
   int run;  // tiles that a block takes one after the other
   bool vector;
   Rows term[MAX_TERMS], out[MAX_OUTS];
-  uint32_t used[MAX_OUTS];      // bit m: term m appears in out_j (a zero coefficient still counts)
-  const double* matrix;         // [batch, outs, columns], or null: `fixed` holds for all samples
-  double fixed[3 * MAX_TERMS];  // [outs, columns]
-  const double* shift;          // [batch, outs], or null
+  uint32_t used[MAX_OUTS];  // bit m: term m appears in out_j (a zero coefficient still counts)
+  const double* matrix;     // [batch, outs, columns], or null: `fixed` holds for all samples
+  double fixed[3 * (MAX_TERMS + 1)];  // [outs, columns]
+  const double* shift;                // [batch, outs], or null
   int columns;
-  uint8_t column[MAX_TERMS];  // of each term
+  int preds;                  // leading terms that are summed around one of them, if any: the last
+  uint8_t column[MAX_TERMS];  // column is their origin (guidance_rules.h); the column of each term
 };
 
 struct GuideArgs {  // mix.term: the predictions, then the terms of the update
@@ -62,8 +63,8 @@ struct SolveArgs {
   Split split;
   RuleArgs rule;
   Partials partials;
-  double* matrix;  // [batch, outs, terms]
-  int rows;        // outs * terms
+  double* matrix;  // [batch, rows]
+  int rows;        // outs * columns
 };
 
 struct VjpArgs {

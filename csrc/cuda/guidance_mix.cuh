@@ -15,6 +15,7 @@ template <int M, int J>
 struct Coefficients {  // of one sample, in shared memory
   alignas(16) float c[J][padded(M)];
   float shift[J];
+  int origin;
 
   // By all threads. rows: [outs, columns].
   __device__ void set(const MixArgs& a, int64_t sample, const double* rows) {
@@ -24,8 +25,22 @@ struct Coefficients {  // of one sample, in shared memory
     }
     const int j = threadIdx.x;  // -0 + y = y, always
     if (j < a.outs) shift[j] = a.shift ? static_cast<float>(a.shift[sample * a.outs + j]) : -0.0f;
+    if (j == 0) origin = a.preds ? static_cast<int>(rows[a.columns - 1]) : -1;
   }
 };
+
+// The first `preds` terms become their differences to x[O], except x[O].
+template <int O, int N, int STEP, int M>
+__device__ __forceinline__ void subtract(int preds, float (&x)[STEP][M][N]) {
+#pragma unroll
+  for (int m = 0; m < M; ++m) {
+    if (m == O || m >= preds) continue;
+#pragma unroll
+    for (int s = 0; s < STEP; ++s)
+#pragma unroll
+      for (int i = 0; i < N; ++i) x[s][m][i] -= x[s][O][i];
+  }
+}
 
 // The outputs of a tile. term(m, v): vector v of term m < terms. STEP vectors of every term are in
 // registers before the first is stored, so an output may be one of the terms, position by position.
@@ -48,6 +63,10 @@ __device__ __forceinline__ void sweep(const MixArgs& a, const Coefficients<M, J>
     for (int m = 0; m < M; ++m)
 #pragma unroll
       for (int s = 0; s < STEP; ++s) widen<N, ANY>(raw[s][m], a.term[m].dtype, x[s][m]);
+    if constexpr (M > 1) {
+      if (w.origin == 0) subtract<0>(a.preds, x);
+      if (w.origin == 1) subtract<1>(a.preds, x);
+    }
 #pragma unroll 1
     for (int j = 0; j < a.outs; ++j) {
       float c[padded(M)], y[STEP][N];

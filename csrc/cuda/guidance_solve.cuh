@@ -18,7 +18,7 @@ __device__ void sample_params(const RuleArgs& r, int64_t sample, double* params)
 // A sample on its way from statistics to coefficients, in shared memory; up to K predictions.
 template <int K>
 struct Board {
-  double packed[stats(K, true)], gram[K * K], sums[K], params[MAX_PARAMS], c[K], rows[3 * (K + 3)];
+  double packed[stats(K, true)], gram[K * K], sums[K], params[MAX_PARAMS], c[K], rows[3 * (K + 4)];
 };
 
 // By one thread. One function for all kernels, so that they agree to the last bit.

@@ -48,6 +48,17 @@ inline bool is_aligned(const Array& a) {
   return a.flags() & py::detail::npy_api::NPY_ARRAY_ALIGNED_;
 }
 
+// Elements from one to the next along each dimension; none backwards.
+inline Ints strides_of(const Array& a) {
+  Ints strides(a.ndim());
+  for (py::ssize_t d = 0; d < a.ndim(); ++d) {
+    require(a.strides(d) >= 0 && a.strides(d) % a.itemsize() == 0,
+            "strides must be whole elements, forwards");
+    strides[d] = a.strides(d) / a.itemsize();
+  }
+  return strides;
+}
+
 // The memory of an array of any strides.
 inline void* memory_anyhow(const Array& a) {
   require(is_aligned(a), "arrays must be aligned");

@@ -9,6 +9,7 @@ PYBIND11_MODULE(_host, m) {
   bind_guidance(m);
   bind_scan(m);
   bind_conv(m);
+  bind_attention(m);
   bind_patch(m);
   bind_adaln(m);
   bind_routing(m);

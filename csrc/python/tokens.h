@@ -7,17 +7,6 @@
 
 namespace pydiffuse {
 
-// Elements from one to the next along each dimension; none backwards.
-inline Ints strides_of(const Array& a) {
-  Ints strides(a.ndim());
-  for (py::ssize_t d = 0; d < a.ndim(); ++d) {
-    require(a.strides(d) >= 0 && a.strides(d) % a.itemsize() == 0,
-            "strides must be whole elements, forwards");
-    strides[d] = a.strides(d) / a.itemsize();
-  }
-  return strides;
-}
-
 // [batch, paths, length, channels], or without paths if those are 0. Channels or tokens lie next to
 // each other.
 inline Tokens tokens_of(const Array& a, int64_t batch, int64_t paths, int64_t length,

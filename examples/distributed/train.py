@@ -2,9 +2,9 @@
 
     torchrun --nproc-per-node 2 examples/distributed/train.py --steps 20 --folder out/split
 
-Every rank holds a part of each image's tokens, all weights, and draws the same batch; losses are those of one
-process. Each tenth step is saved by torch.distributed.checkpoint, and a run goes on from the last one it finds: with
-`torchrun --max-restarts 3` also after a rank was lost.
+Every rank holds a part of each image's tokens, all weights (with --fsdp a part), and draws the same batch;
+losses are those of one process. Each tenth step is saved by torch.distributed.checkpoint, and a run goes on
+from the last one it finds: with `torchrun --max-restarts 3` also after a rank was lost.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.rendezvous import rendezvous
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -72,10 +74,15 @@ def train(
     group: dist.ProcessGroup | None = None,
     every: int = 10,
     fail_at: int | None = None,
+    fsdp: bool = False,
 ) -> list[float]:
-    """The losses of the steps, from the last saved one on."""
+    """The losses of the steps, from the last saved one on. fsdp: weights are sharded, too."""
     torch.manual_seed(0)
     model = Split(group)
+    if fsdp:
+        mesh = DeviceMesh.from_group(group or dist.group.WORLD, "cpu")
+        for module in (*model.layers, model):
+            fully_shard(module, mesh=mesh)
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
     start, losses = load(folder, model, optimizer), []
     for step in range(start, steps):
@@ -85,8 +92,11 @@ def train(
         # This rank's part of the mean over all tokens.
         loss = (model(x, t, label) - model.tokens(v)).square().sum() / v.numel()
         optimizer.zero_grad()
-        loss.backward()
-        distributed.sum_gradients(model.parameters(), group)
+        if fsdp:  # which takes the mean over the ranks, where their parts are to be added up
+            (loss * dist.get_world_size(group)).backward()
+        else:
+            loss.backward()
+            distributed.sum_gradients(model.parameters(), group)
         optimizer.step()
         whole = loss.detach().clone()
         dist.all_reduce(whole, group=group)
@@ -132,14 +142,16 @@ def main() -> None:
     parser.add_argument(
         "--fail-at", type=int, help="the last rank leaves before this step, the first time"
     )
+    parser.add_argument("--fsdp", action="store_true", help="shard the weights by FSDP2 (fully_shard)")
     args = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     join()
     last = dist.get_rank() == dist.get_world_size() - 1
     first_time = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
     losses = train(
-        args.steps, args.folder, every=args.every, fail_at=args.fail_at if last and first_time else None
-    )
+        args.steps, args.folder, every=args.every, fail_at=args.fail_at if last and first_time else None,
+        fsdp=args.fsdp,
+    )  # fmt: skip
     if dist.get_rank() == 0:
         print(f"{dist.get_world_size()} ranks; losses:", *(f"{loss:.6f}" for loss in losses))
     dist.destroy_process_group()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch._C._functorch import get_unwrapped, is_batchedtensor, is_functorch_wrapped_tensor
@@ -14,14 +15,11 @@ from torch.nn import Parameter
 from pydiffuse._core import dispatch
 from pydiffuse._core.layouts import new_like, samples_together
 from pydiffuse._core.rules import MAX_PREDS
+from pydiffuse._core.words import check_flag as check_flag
+from pydiffuse._core.words import describe as describe
+from pydiffuse._core.words import plain as plain
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def describe(value: object) -> str:
-    if not isinstance(value, Tensor):
-        return f"a {type(value).__name__}"
-    return f"a {value.dtype} tensor {tuple(value.shape)} on {value.device}"
 
 
 def alike(tensors: Sequence[Tensor]) -> bool:
@@ -70,6 +68,7 @@ def check_tensors(op: str, argument: str, tensors: Sequence[Tensor], *, same_dty
 
 def check_scalar(op: str, argument: str, value: float | Tensor, like: Tensor) -> Tensor:
     """A number, or a float tensor with one value or one per sample; returned as (B,)."""
+    value = plain(value)
     if not isinstance(value, Tensor):
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise TypeError(f"{op}: {argument} is {describe(value)}; accepted: a number or a (B,) tensor")
@@ -124,8 +123,32 @@ def _extent(t: Tensor) -> tuple[int, int]:
 
 
 def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have memory in common: an element, not only a stretch that both lie in."""
     (a0, a1), (b0, b1) = _extent(a), _extent(b)
-    return a0 < b1 and b0 < a1 and a.numel() > 0 and b.numel() > 0 and a.device == b.device
+    if not (a0 < b1 and b0 < a1 and a.numel() and b.numel() and a.device == b.device):
+        return False
+    try:
+        return bool(np.shares_memory(_addresses(a), _addresses(b), max_work=10**6))  # type: ignore[arg-type]
+    except np.exceptions.TooHardError:
+        return True
+
+
+class _Memory:
+    """What NumPy asks for an array; it looks at addresses alone, whosever they are."""
+
+    def __init__(self, t: Tensor) -> None:
+        size = t.element_size()
+        self.__array_interface__ = {
+            "data": (t.data_ptr(), True),
+            "shape": tuple(t.shape),
+            "strides": tuple(stride * size for stride in t.stride()),
+            "typestr": f"|V{size}",
+            "version": 3,
+        }
+
+
+def _addresses(t: Tensor) -> np.ndarray:
+    return np.asarray(_Memory(t))
 
 
 def check_no_grad(op: str, tensors: Sequence[Tensor], outs: Sequence[Tensor]) -> None:
@@ -159,11 +182,6 @@ def writable(out: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     for o, target in zip(out, targets, strict=True):
         if o is not target:
             o.copy_(target)
-
-
-def check_flag(op: str, argument: str, value: object) -> None:
-    if not isinstance(value, bool):
-        raise TypeError(f"{op}: {argument} is {value!r}; accepted: True or False")
 
 
 def check_shape(

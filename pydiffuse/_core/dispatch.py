@@ -268,6 +268,16 @@ def direct(op: str, *tensors: Any) -> Any:
     return ops
 
 
+def over_ranks(*tensors: Any) -> Any:
+    """The module that serves DTensors, if one of the tensors is such; imported when it is needed."""
+    if torch.compiler.is_compiling():
+        return None
+    for t in tensors:
+        if t.__class__ not in _PLAIN and t.__class__.__name__ == "DTensor":
+            return importlib.import_module("pydiffuse.distributed.tensors")
+    return None
+
+
 def _launcher(name: str, stem: str) -> Callable[..., None]:
     def launch(*args: Any) -> None:
         getattr(importlib.import_module(f"pydiffuse.kernels.{stem}"), name)(*args)

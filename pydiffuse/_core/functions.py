@@ -82,8 +82,8 @@ class Batched(Operation):
 
 
 def differentiable(name: str, *args: Any) -> Any:
-    """`OPERATIONS[name].apply`, as graphs can hold it. Dynamo (torch 2.11 to 2.13) can trace it where a gradient is due;
-    where nothing requires one it would lose an argument, so there the forward is the whole of it."""
+    """`OPERATIONS[name].apply`, as graphs can hold it. Dynamo (torch 2.11 to 2.13) can trace it where a gradient
+    is due; where nothing requires one it would lose an argument, so there the forward is the whole of it."""
     function = OPERATIONS[name]
     if not torch.compiler.is_compiling():
         return function.apply(*args)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from pydiffuse._core.words import plain
+
 PATHS = ("linear", "vp", "trig")
 KINDS = ("flow", "v", "eps", "x1")
 METHODS = ("euler", "ddim", "ancestral", "multistep")
@@ -52,12 +54,13 @@ def patch_sizes(op: str, shape: Sequence[int], patch_size: PatchSize) -> tuple[i
         raise ValueError(
             f"{op}: x has shape {tuple(shape)}; accepted: [B, C, L], [B, C, H, W] or [B, C, T, H, W]"
         )
+    patch_size = plain(patch_size)
     if patch_size is None:
         return spatial
     if not isinstance(patch_size, Sequence):
         sizes = tuple(1 if i < len(spatial) - 2 else patch_size for i in range(len(spatial)))
     else:
-        sizes = tuple(patch_size)
+        sizes = tuple(map(plain, patch_size))
     if len(sizes) != len(spatial):
         raise ValueError(
             f"{op}: patch_size {sizes} has {len(sizes)} values; x has {len(spatial)} spatial dimensions:"

@@ -83,7 +83,8 @@ DIRECT = {
     "select_patches.new": "(Tensor score, int k, bool as_mask) -> (Tensor?, Tensor?)",
 }
 """The usual call of a public function as one op of the compiled extension: it takes the user's tensors as they
-are and allocates its results; numbers come as one float64 tensor (`structs.numbers`). Nothing comes back where a call is unusual or wrong (`dispatch.direct`)."""
+are and allocates its results; numbers come as one float64 tensor (`structs.numbers`). Nothing comes back
+where a call is unusual or wrong (`dispatch.direct`)."""
 
 SCHEMAS = {name: schema for ops in BY_STEM.values() for name, schema in ops.items()}
 STEMS = {name: stem for stem, ops in BY_STEM.items() for name in ops}

@@ -20,7 +20,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from pydiffuse._core import dispatch
-from pydiffuse._core.checks import describe, is_integer
+from pydiffuse._core.checks import describe, is_integer, plain
 from pydiffuse.adaln import reference
 from pydiffuse.adaln.apply import call_modulate
 from pydiffuse.adaln.arguments import NORMS, check_modulation, usual_norm
@@ -112,6 +112,7 @@ def embed_t(
     the longest of the wavelengths is 2 pi times this. Returns the table (K, dim), float32, and the
     rows, int64, in t's shape.
     """
+    dim, max_period, scale, max_distinct = map(plain, (dim, max_period, scale, max_distinct))
     if not isinstance(t, Tensor) or not t.is_floating_point():
         raise TypeError(f"embed_t: t is {describe(t)}; accepted: a float tensor of any shape")
     for name, value in (("dim", dim), ("max_distinct", 1 if max_distinct is None else max_distinct)):

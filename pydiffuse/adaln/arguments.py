@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pydiffuse._core.checks import check_shape, describe, values_hidden
+from pydiffuse._core.checks import check_shape, describe, plain, values_hidden
 
 NORMS = (None, "layer", "rms")  # as in csrc/adaln.h
 INTEGERS = (torch.int32, torch.int64)
@@ -44,6 +44,7 @@ def check_modulation(
             check_shape(op, argument, t, (D,), "[D]", like=x)
     if norm not in NORMS:
         raise ValueError(f"{op}: norm is {norm!r}; accepted: 'layer', 'rms', None")
+    eps = plain(eps)
     if isinstance(eps, bool) or not isinstance(eps, int | float) or not eps >= 0:
         raise ValueError(f"{op}: eps is {eps!r}; accepted: a number, 0 or more")
     _check_rows(op, rows, x, table.shape[0])

@@ -41,9 +41,9 @@ def tile_attention(
 
     Returns out like q, and with return_lse also lse, float32 [B, H, S], the log of the sum of exp(scores),
     to join attentions over different keys. A query that sees no key gets 0 and -inf. Gradients for q, k and
-    v, also through lse, once. A NaN or infinite value in v reaches all queries of a tile that sees its key,
-    also those that a mask within the tile excludes; the reference, which is dense, hands it to every query.
-    Under autocast q, k and v are cast as scaled_dot_product_attention casts them.
+    v, also through lse, once. What a query does not see has no influence on it, forward and backward, be it
+    NaN or infinite (the reference's backward multiplies a NaN gradient of out by weights of 0,
+    too). Under autocast q, k and v are cast as scaled_dot_product_attention casts them.
 
     Efficient-vDiT, arXiv 2502.06155; Sliding Tile Attention, arXiv 2502.04507.
     """

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pydiffuse._core import dispatch
-from pydiffuse._core.checks import check_shape, describe
+from pydiffuse._core.checks import check_shape, describe, plain
 from pydiffuse._core.structs import MAX_HEAD_DIM
 from pydiffuse.plans import TilePlan
 
@@ -77,6 +77,7 @@ def fits(q: Tensor, k: Tensor, plan: Any, scale: Any) -> bool:
 def entropy_scale(head_dim: int, length: int, trained_length: int) -> float:
     """The scale that keeps the attention's entropy at another number of tokens than the trained one:
     sqrt(log_T(N) / D), N tokens now, T in training; 1/sqrt(D) at N = T (Jin et al., arXiv 2306.08645)."""
+    head_dim, length, trained_length = map(plain, (head_dim, length, trained_length))
     for name, value, least in (
         ("head_dim", head_dim, 1), ("length", length, 1), ("trained_length", trained_length, 2),
     ):  # fmt: skip

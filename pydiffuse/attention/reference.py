@@ -34,6 +34,8 @@ def tile_attention(
     if isinstance(scale, Tensor):
         scale = scale.to(q.dtype).reshape(-1, 1, 1)
     seen = plan.to_dense().to(q.device)  # [P, Sq, Sk]
+    if not _known_finite(q, k, v) and not seen.all():
+        return _seen_alone(q, k, v, seen, scale, return_lse, dtype)
     scores = (q @ k.transpose(-1, -2) * scale).masked_fill(~seen, -math.inf)
     some = (scores != -math.inf).any(-1)
     # A row of -inf has no softmax and no gradient: it is taken out before and put back after.
@@ -41,3 +43,38 @@ def tile_attention(
     p = (scores - lse[..., None]).exp()
     out = (p @ v).to(dtype)
     return (out, lse.masked_fill(~some, -math.inf)) if return_lse else out
+
+
+def _known_finite(*tensors: Tensor) -> bool:
+    """Also where a trace, a mode or a transform has no values to look at."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return True
+    if torch._C._len_torch_dispatch_stack() or tensors[0].is_meta:
+        return True
+    return all(bool(t.isfinite().all()) for t in tensors)
+
+
+def _seen_alone(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seen: Tensor,
+    scale: float | Tensor,
+    return_lse: bool,
+    dtype: torch.dtype,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The same sums without a single product of what is not seen, where 0 times a NaN would be one."""
+    scale = scale.reshape(-1, 1) if isinstance(scale, Tensor) else scale
+    outs, lses = [], []
+    for i in range(q.shape[2]):
+        sees = seen[:, i, :, None]  # [P, Sk, 1]
+        zero = torch.zeros((), dtype=q.dtype, device=q.device)
+        scores = (q[:, :, i, None] * torch.where(sees, k, zero)).sum(-1) * scale
+        scores = scores.masked_fill(~sees[..., 0], -math.inf)
+        some = (scores != -math.inf).any(-1)
+        lse = scores.masked_fill(~some[..., None], 0.0).logsumexp(-1)
+        p = (scores - lse[..., None]).exp()
+        outs.append((p[..., None] * torch.where(sees, v, zero)).sum(-2))
+        lses.append(lse.masked_fill(~some, -math.inf))
+    out = torch.stack(outs, 2).to(dtype)
+    return (out, torch.stack(lses, 2)) if return_lse else out

@@ -33,6 +33,7 @@ _GUIDANCE = (
 if TYPE_CHECKING:
     from pydiffuse.distributed.attention import tile_attention
     from pydiffuse.distributed.comm import count_bytes, set_timeout, sum_gradients
+    from pydiffuse.distributed.conditions import exchange_predictions, gather_parts
     from pydiffuse.distributed.conv import causal_conv1d
     from pydiffuse.distributed.guidance import (
         apg,
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "attention": ("tile_attention",),
     "comm": ("count_bytes", "set_timeout", "sum_gradients"),
+    "conditions": ("exchange_predictions", "gather_parts"),
     "conv": ("causal_conv1d",),
     "guidance": _GUIDANCE,
     "modules": ("split_tokens",),
@@ -75,6 +77,8 @@ __all__ = [
     "combine",
     "compose",
     "count_bytes",
+    "exchange_predictions",
+    "gather_parts",
     "gram",
     "guide",
     "magnitude_aware",

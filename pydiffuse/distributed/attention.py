@@ -12,12 +12,14 @@ and sends their gradients back.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+from torch.distributed.device_mesh import DeviceMesh
 
 from pydiffuse import attention
 from pydiffuse._core import dispatch
@@ -46,54 +48,73 @@ def tile_attention(
     keys. lengths: S_r of every rank, such as `split(plan, ranks)`; by default even parts, the first ones one
     longer. scale: as on one process, the same on every rank. method: "ulysses", which needs a key head for
     every rank; "ring"; "auto": "ulysses" where that can be. A plan with an order costs the ring an
-    all-to-all of q, k and v into it, and one of the result.
+    all-to-all of q, k and v into it, and one of the result. group: a mesh of two dimensions does both, for more ranks
+    than heads: heads along its second dimension, whose ranks hold neighbouring tokens, rings along its first.
 
     Returns out like q, and with return_lse lse, float32 [B, H, S_r].
     """
+    across = None
+    if isinstance(group, DeviceMesh) and group.ndim == 2:
+        across, group = Ranks(OP, group.get_group(0)), group.get_group(1)
     ranks = Ranks(OP, group)
+    size, rank = ranks.size, ranks.rank
+    if across is not None:
+        size, rank = size * across.size, rank + across.rank * ranks.size
     q, k, v = autocast(q, k, v)
-    with ranks.checking():
+    with ranks.checking(), nullcontext() if across is None else across.checking():
         if method not in METHODS:
             raise ValueError(f"{OP}: method is {method!r}; accepted: {', '.join(map(repr, METHODS))}")
+        if across is not None and method != "auto":
+            raise ValueError(
+                f"{OP}: method is {method!r}; accepted over a mesh of two dimensions: 'auto'"
+            )
         check_flag(OP, "return_lse", return_lse)
         if isinstance(plan, TilePlan) and plan.q_length != plan.k_length:
             raise ValueError(f"{OP}: {plan!r}; accepted over ranks: as many queries as keys")
-        parts = _lengths(ranks, plan, lengths)
-        check_attention(OP, q, k, v, plan, parts[ranks.rank])
+        parts = _lengths(size, plan, lengths)
+        check_attention(OP, q, k, v, plan, parts[rank])
         scales = scale_of(OP, scale, q)
         if method == "auto":
-            method = "ulysses" if k.shape[1] >= ranks.size else "ring"
+            method = "ulysses" if across is not None or k.shape[1] >= ranks.size else "ring"
         if method == "ulysses" and k.shape[1] < ranks.size:
             raise ValueError(
                 f"{OP}: {k.shape[1]} key heads over {ranks.size} ranks; 'ulysses' accepts a head or more for"
                 " each, 'ring' any number"
             )
-        if method == "ring" and dispatch.forced_reference() and ranks.size > 1:
+        if (method == "ring" or across is not None) and dispatch.forced_reference() and size > 1:
             raise ValueError(f"{OP}: backend 'reference' was asked for; it accepts method='ulysses'")
-    if ranks.size == 1:
+    if size == 1:
         return attention.tile_attention(q, k, v, plan, scale=scale, return_lse=return_lse)
     due = needs_function(q, k, v)
     dtype = str(q.dtype).removeprefix("torch.")
-    ranks.agree(
+    facts = dict(
         batch=len(q), heads=q.shape[1], key_heads=k.shape[1], head_dim=q.shape[3], dtype=dtype, method=method,
         plan=repr(plan), lengths=parts, lse=return_lse, gradient=due,
     )  # fmt: skip
-    run = _ulysses if method == "ulysses" else _ring
-    out, lse = run(ranks, q, k, v, plan, parts, scale, scales, return_lse)
+    ranks.agree(**facts)
+    if across is not None:
+        across.agree(**facts)
+    if method == "ring":
+        out, lse = _ring(ranks, q, k, v, plan, parts, scales, return_lse)
+    else:
+        out, lse = _ulysses(ranks, across, q, k, v, plan, parts, scales, return_lse)
     return out if lse is None else (out, lse)
 
 
-def _lengths(ranks: Ranks, plan: Any, lengths: Any) -> tuple[int, ...]:
+def _lengths(size: int, plan: Any, lengths: Any) -> tuple[int, ...]:
     if lengths is None and isinstance(plan, TilePlan):
-        each, more = divmod(plan.q_length, ranks.size)
-        return tuple(each + (r < more) for r in range(ranks.size))
-    return lengths_of(ranks, lengths, plan.q_length if isinstance(plan, TilePlan) else None)
+        each, more = divmod(plan.q_length, size)
+        return tuple(each + (r < more) for r in range(size))
+    return lengths_of(OP, size, lengths, plan.q_length if isinstance(plan, TilePlan) else None)
 
 
 def _ulysses(
-    ranks: Ranks, q: Tensor, k: Tensor, v: Tensor, plan: TilePlan, parts: tuple[int, ...], scale: Any,
+    ranks: Ranks, across: Ranks | None, q: Tensor, k: Tensor, v: Tensor, plan: TilePlan, parts: tuple[int, ...],
     scales: Scale, return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """across: those who hold other tokens of the same heads, if ranks are a row of a mesh."""
+    rows = [parts[i : i + ranks.size] for i in range(0, len(parts), ranks.size)]
+    parts = rows[0 if across is None else across.rank]
     B, H, _, D = q.shape
     Hk = k.shape[1]
     each, more = divmod(Hk, ranks.size)
@@ -108,11 +129,15 @@ def _ulysses(
     ]
     found = Exchange.apply(ranks, [(B, n + 2 * nk, s, D) for s in parts], *given)
     mq, mk, mv = torch.cat(found, 2).split([n, nk, nk], 1)
-    per_head = scales.per_head
-    of_mine = scale if per_head is None else per_head[a:b]
+    per_head = None if scales.per_head is None else scales.per_head[a:b]
     own = of_heads(plan, (a, b))
-    result = attention.tile_attention(mq, mk, mv, own, scale=of_mine, return_lse=return_lse)
-    out, lse = result if isinstance(result, tuple) else (result, None)
+    if across is not None:
+        of_rows = tuple(map(sum, rows))
+        out, lse = _ring(across, mq, mk, mv, own, of_rows, Scale(per_head, scales.number), return_lse)
+    else:
+        scale = scales.number if per_head is None else per_head
+        result = attention.tile_attention(mq, mk, mv, own, scale=scale, return_lse=return_lse)
+        out, lse = result if isinstance(result, tuple) else (result, None)
 
     def back(t: Tensor) -> Tensor:
         pieces = [t[:, :, i:j] for i, j in tokens]
@@ -136,7 +161,7 @@ class Ring(NamedTuple):
 
 
 def _ring(
-    ranks: Ranks, q: Tensor, k: Tensor, v: Tensor, plan: TilePlan, parts: tuple[int, ...], scale: Any,
+    ranks: Ranks, q: Tensor, k: Tensor, v: Tensor, plan: TilePlan, parts: tuple[int, ...],
     scales: Scale, return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     order = plan.places()

@@ -54,7 +54,7 @@ def cfg(
     out: Tensor | None = None, group: Group = None,
 ) -> Tensor:  # fmt: skip
     """`pydiffuse.cfg` over the elements of all ranks."""
-    return _value("cfg", (cond, uncond), (scale,), original, rescale, out, group)
+    return value_over("cfg", (cond, uncond), (scale,), original, rescale, out, group)
 
 
 def tcfg(
@@ -64,7 +64,7 @@ def tcfg(
     """`pydiffuse.tcfg` over the elements of all ranks; cond may be a list of m conditions."""
     if isinstance(cond, Tensor):
         one: Any = scale
-        return _value("tcfg", (cond, uncond), (one,), original, rescale, out, group)
+        return value_over("tcfg", (cond, uncond), (one,), original, rescale, out, group)
     ranks = Ranks("tcfg", group)
     with ranks.checking():
         preds = (*sequence("tcfg", "cond", cond), uncond)
@@ -87,7 +87,7 @@ def cfg_zero(
     out: Tensor | None = None, group: Group = None,
 ) -> Tensor:  # fmt: skip
     """`pydiffuse.cfg_zero` over the elements of all ranks."""
-    return _value("cfg_zero", (cond, uncond), (scale,), original, rescale, out, group)
+    return value_over("cfg_zero", (cond, uncond), (scale,), original, rescale, out, group)
 
 
 def apg(
@@ -101,7 +101,7 @@ def apg(
         raise ValueError("apg: state was given without momentum; give both, or neither")
     values = (scale, eta, norm_threshold, 0.0 if momentum is None else momentum)
     emit = EMIT_UPDATE if momentum is None else EMIT_UPDATE | EMIT_STATE
-    return _value("apg", preds, values, original, rescale, out, group, emit)
+    return value_over("apg", preds, values, original, rescale, out, group, emit)
 
 
 def magnitude_aware(
@@ -109,7 +109,7 @@ def magnitude_aware(
     rescale: Scalar = 0.0, out: Tensor | None = None, group: Group = None,
 ) -> Tensor:  # fmt: skip
     """`pydiffuse.magnitude_aware` over the elements of all ranks."""
-    return _value("magnitude_aware", (cond, uncond), (scale, alpha), original, rescale, out, group)
+    return value_over("magnitude_aware", (cond, uncond), (scale, alpha), original, rescale, out, group)
 
 
 def perp_neg(
@@ -120,7 +120,7 @@ def perp_neg(
     """`pydiffuse.perp_neg` over the elements of all ranks."""
     negatives = sequence("perp_neg", "negatives", negatives, least=0)
     values = (scale, *weights_of("perp_neg", weights, len(negatives)))
-    return _value("perp_neg", (cond, *negatives, uncond), values, original, rescale, out, group)
+    return value_over("perp_neg", (cond, *negatives, uncond), values, original, rescale, out, group)
 
 
 def compose(
@@ -130,21 +130,21 @@ def compose(
     """`pydiffuse.compose` over the elements of all ranks."""
     conds = sequence("compose", "conds", conds)
     values = weights_of("compose", weights, len(conds))
-    return _value("compose", (*conds, uncond), values, False, rescale, out, group)
+    return value_over("compose", (*conds, uncond), values, False, rescale, out, group)
 
 
 def slerp(
     a: Tensor, b: Tensor, weight: Scalar, *, out: Tensor | None = None, group: Group = None
 ) -> Tensor:
     """`pydiffuse.slerp` over the elements of all ranks."""
-    return _value("slerp", (a, b), (weight,), False, 0.0, out, group)
+    return value_over("slerp", (a, b), (weight,), False, 0.0, out, group)
 
 
 def rescale(
     guided: Tensor, cond: Tensor, factor: Scalar, *, out: Tensor | None = None, group: Group = None
 ) -> Tensor:
     """`pydiffuse.rescale` over the elements of all ranks."""
-    return _value("rescale", (cond, guided), (), False, factor, out, group)
+    return value_over("rescale", (cond, guided), (), False, factor, out, group)
 
 
 def superpose(
@@ -181,14 +181,14 @@ def guide(
         check_guide(preds, update)
     preds = tuple(preds)
     if ranks.size == 1 or not (row.curved or _rescales(rescale)):
+        options: dict[str, Any] = {**parameters, "predict": predict, "original": original, "out": out}
         return guidance.guide(
-            preds, rule, x=x, a=a, b=b, history=history, h=h, noise=noise, s=s, predict=predict,
-            original=original, rescale=rescale, out=out, **parameters,
-        )  # fmt: skip
+            preds, rule, x=x, a=a, b=b, history=history, h=h, noise=noise, s=s, rescale=rescale, **options
+        )
     return _guided(ranks, row, preds, update, values, original, rescale, out, emit)
 
 
-def _value(
+def value_over(
     rule: str,
     preds: tuple[Tensor, ...],
     values: tuple[Scalar, ...],

@@ -173,13 +173,33 @@ def _forward(how: How, args: ScanArguments, with_chunks: bool = False) -> tuple[
     return out, last, saved
 
 
+class Coming:
+    """The states that a rank sends, block by block. On a CPU all of them may come while this rank computes; a GPU's
+    transfers are one queue, in which a block must not wait for what comes after it."""
+
+    def __init__(self, ranks: Ranks, source: int | None, states: list[Tensor | None]) -> None:
+        self.ranks, self.source, self.states = ranks, source, states
+        self.started: list[Any] = []
+        here = states[0] is not None and states[0].device.type == "cpu"
+        for _ in range(len(states) if here else 1):
+            self.post()
+
+    def post(self) -> None:
+        i = len(self.started)
+        if self.source is not None and i < len(self.states):
+            self.started.append(self.ranks.start([], [(self.source, self.states[i])]))  # type: ignore[list-item]
+
+    def wait(self, i: int) -> None:
+        if self.source is not None:
+            self.ranks.finish(self.started[i])
+
+
 def _pipelined(how: How, args: ScanArguments, out: Tensor, with_chunks: bool) -> tuple[Tensor, Saved]:
     ranks = how.ranks
     before, after = ranks.neighbours(how.reverse)
     batch, N = len(args.u), args.A.shape[2]
     blocks = _blocks(args, ranks.size)
     begins: list[Tensor | None] = []
-    waits = []
     for block in blocks:
         if before is None:
             begins.append(
@@ -188,14 +208,14 @@ def _pipelined(how: How, args: ScanArguments, out: Tensor, with_chunks: bool) ->
         else:
             d = block.channels.stop - block.channels.start
             begins.append(args.A.new_empty(batch, 1, 1, d, N))
-            waits.append(ranks.start([], [(before, begins[-1])]))  # type: ignore[list-item]
+    coming = Coming(ranks, before, begins)
     lasts, chunks, sent = [], [], []
     for i, block in enumerate(blocks):
-        if before is not None:
-            ranks.finish(waits[i])
+        coming.wait(i)
         last, states = _scan(_of(args, block, begins[i]), out[..., block.channels], with_chunks)
         if after is not None:
             sent.append(ranks.start([(after, last)], []))
+        coming.post()
         lasts.append(last)
         chunks.append(states)
     for each in sent:
@@ -324,23 +344,24 @@ def _pipelined_back(
     ranks, (begins, chunks, _) = how.ranks, saved
     before, after = ranks.neighbours(how.reverse)
     blocks = _blocks(args, ranks.size)
-    given, waits, sent = [], [], []
+    given: list[Tensor | None] = []
+    sent = []
     for block in blocks:
         c = block.channels
         if after is None:
             given.append(None if end is None else end[..., c, :].contiguous())
         else:
             given.append(torch.empty_like(to.initial[..., c, :], memory_format=torch.contiguous_format))
-            waits.append(ranks.start([], [(after, given[-1])]))  # type: ignore[list-item]
+    coming = Coming(ranks, after, given)
     for i, block in enumerate(blocks):
-        if after is not None:
-            ranks.finish(waits[i])
+        coming.wait(i)
         dbegin = _back(block, _of(args, block, begins[i]), chunks[i], dy, given[i], to)
         if before is not None:
             assert dbegin is not None
             sent.append(ranks.start([(before, dbegin)], []))
         elif dbegin is not None:
             to.initial[..., block.channels, :] = dbegin
+        coming.post()
     for each in sent:
         ranks.finish(each)
 

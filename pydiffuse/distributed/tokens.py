@@ -37,7 +37,7 @@ def reorder(
     """
     ranks = Ranks("reorder", group)
     with ranks.checking():
-        lengths = lengths_of(ranks, lengths)
+        lengths = lengths_of(ranks.op, ranks.size, lengths)
         for name, path in (("source", source), ("target", target)):
             if path is not None and (not isinstance(path, ScanPath) or path.length != sum(lengths)):
                 raise ValueError(
@@ -62,13 +62,13 @@ def _name(path: ScanPath) -> str:
     return f"{path.name}{path.shape}{path.parameters}"
 
 
-def lengths_of(ranks: Ranks, lengths: Any, total: int | None = None) -> tuple[int, ...]:
+def lengths_of(op: str, size: int, lengths: Any, total: int | None = None) -> tuple[int, ...]:
     given = tuple(lengths) if isinstance(lengths, Sequence) else ()
     whole = all(type(n) is int and n >= 0 for n in given)
-    if len(given) != ranks.size or not whole or total not in (None, sum(given)):
+    if len(given) != size or not whole or total not in (None, sum(given)):
         of = "" if total is None else f", {total} in all"
         raise ValueError(
-            f"{ranks.op}: lengths is {lengths!r}; accepted: {ranks.size} ints, the tokens of each rank{of}"
+            f"{op}: lengths is {lengths!r}; accepted: {size} ints, the tokens of each rank{of}"
         )
     return given
 

@@ -13,7 +13,7 @@ The formulas stand in pydiffuse.reference.guidance.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -103,6 +103,19 @@ def cfg_zero(
     cond, uncond: [B, ...]. scale: w, a number or (B,). Returns [B, ...] in their dtype.
     """
     return value_of("cfg_zero", (cond, uncond), (scale,), original, rescale, out)
+
+
+@overload
+def apg(
+    cond: Tensor, uncond: Tensor, scale: Scalar, *, eta: Scalar = ..., norm_threshold: Scalar = ...,
+    momentum: None = None, state: None = None, original: bool = ..., rescale: Scalar = ..., out: Tensor | None = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def apg(
+    cond: Tensor, uncond: Tensor, scale: Scalar, *, eta: Scalar = ..., norm_threshold: Scalar = ...,
+    momentum: Scalar, state: Tensor | None = ..., original: bool = ..., rescale: Scalar = ...,
+    out: tuple[Tensor, Tensor] | None = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 def apg(
@@ -210,7 +223,13 @@ def rescale(guided: Tensor, cond: Tensor, factor: Scalar, *, out: Tensor | None 
     return value_of("rescale", (cond, guided), (), False, factor, out)
 
 
-def gram(preds: Sequence[Tensor], *, sums: bool = False) -> Any:
+@overload
+def gram(preds: Sequence[Tensor], *, sums: Literal[False] = False) -> Tensor: ...
+@overload
+def gram(preds: Sequence[Tensor], *, sums: Literal[True]) -> tuple[Tensor, Tensor]: ...
+
+
+def gram(preds: Sequence[Tensor], *, sums: bool = False) -> Tensor | tuple[Tensor, Tensor]:
     """The Gram matrix of each sample: G[b,i,j] = <p_i, p_j>, accumulated in float64.
 
     With `combine` it makes new rules a few lines of Python, differentiable to any order.
@@ -218,6 +237,9 @@ def gram(preds: Sequence[Tensor], *, sums: bool = False) -> Any:
     prediction, (B, k) float64.
     """
     preds = tuple(sequence("gram", "preds", preds))
+    spread = dispatch.over_ranks(*preds)
+    if spread:
+        return spread.gram(preds, sums)
     check_tensors("gram", "preds", preds)
     if dispatch.forced_reference():
         return reference.gram(preds, sums=sums)
@@ -231,6 +253,9 @@ def combine(preds: Sequence[Tensor], coefficients: Tensor, *, out: Tensor | None
     preds: k <= 16 tensors [B, ...]. coefficients: (B, k) or (k,), any float dtype. Returns [B, ...].
     """
     preds = tuple(sequence("combine", "preds", preds))
+    spread = dispatch.over_ranks(*preds)
+    if spread:
+        return spread.combine(preds, coefficients, out)
     check_tensors("combine", "preds", preds)
     B, k = preds[0].shape[0], len(preds)
     if not isinstance(coefficients, Tensor) or not coefficients.is_floating_point():
@@ -279,11 +304,39 @@ def superpose(
     normal noise that the sampler adds in this step, if any. uncond, scale: guidance around the
     mixture. Returns the mixture [B, ...] and the new l (B, k) float64.
     """
+    spread = dispatch.over_ranks(*preds)
+    if spread:
+        return spread.superpose(
+            preds, log_density, step, kind=kind, noise=noise, uncond=uncond, scale=scale,
+            temperature=temperature, bias=bias,
+        )  # fmt: skip
     inner = None if dispatch.forced_reference() else gram
     return superpose_by(
         inner, combine, preds, log_density, step, kind=kind, noise=noise, uncond=uncond, scale=scale,
         temperature=temperature, bias=bias,
     )  # fmt: skip
+
+
+@overload
+def guide(
+    preds: Sequence[Tensor], rule: Literal["apg"], *, x: Tensor, a: Scalar = ..., b: Scalar = ...,
+    history: Tensor | None = ..., h: Scalar = ..., noise: Tensor | None = ..., s: Scalar = ...,
+    predict: tuple[Scalar, Scalar] | None = ..., original: bool = ..., rescale: Scalar = ..., out: Any = ...,
+    **parameters: Any,
+) -> Any: ...  # fmt: skip
+@overload
+def guide(
+    preds: Sequence[Tensor], rule: str, *, x: Tensor, a: Scalar = ..., b: Scalar = ...,
+    history: Tensor | None = ..., h: Scalar = ..., noise: Tensor | None = ..., s: Scalar = ..., predict: None = None,
+    original: bool = ..., rescale: Scalar = ..., out: Tensor | None = ..., **parameters: Any,
+) -> Tensor: ...  # fmt: skip
+@overload
+def guide(
+    preds: Sequence[Tensor], rule: str, *, x: Tensor, a: Scalar = ..., b: Scalar = ...,
+    history: Tensor | None = ..., h: Scalar = ..., noise: Tensor | None = ..., s: Scalar = ...,
+    predict: tuple[Scalar, Scalar], original: bool = ..., rescale: Scalar = ...,
+    out: tuple[Tensor, Tensor] | None = ..., **parameters: Any,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 def guide(
@@ -324,6 +377,12 @@ def guide(
     found = directly("guide", row, preds, update, values, original, rescale, out, emit)
     if found is not None:
         return found
+    spread = dispatch.over_ranks(*preds, x)
+    if spread:
+        return spread.guide(
+            preds, rule, x=x, a=a, b=b, history=history, h=h, noise=noise, s=s, predict=predict,
+            original=original, rescale=rescale, out=out, **parameters,
+        )  # fmt: skip
     check_guide(preds, update)
     if dispatch.forced_reference():
         common = {"original": original, "rescale": rescale} if row.common else {}
@@ -350,6 +409,9 @@ def _tcfg_of_many(
 ) -> Tensor:
     """From the Gram matrix's top projector P: u_f = sum_j P[u,j] p_j."""
     preds = (*sequence("tcfg", "cond", conds), uncond)
+    spread = dispatch.over_ranks(*preds)
+    if spread:
+        return spread.tcfg(conds, uncond, scale, original, rescale, out)
     check_tensors("tcfg", "cond, uncond", preds)
     m = len(conds)
     scales = weights_of("tcfg", scale if isinstance(scale, Sequence) else [scale] * m, m)

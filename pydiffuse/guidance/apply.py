@@ -69,6 +69,9 @@ def value_of(
         found = directly(name, row, preds, PLAIN, values, original, rescale, out, emit)
         if found is not None:
             return found
+    spread = dispatch.over_ranks(*preds)
+    if spread:
+        return spread.value_of(rule, preds, values, original, rescale, out, emit)
     check_tensors(name, "the predictions", preds)
     if len(preds) not in row.counts:
         raise ValueError(f"{name}: {len(preds)} predictions; accepted: ({', '.join(row.preds)})")
@@ -117,7 +120,7 @@ def directly(
     given = (*of_update, original, rescale, *values)
     if not NUMBERS.issuperset(map(type, given)) or len(preds) not in row.counts:
         return None
-    outs = () if out is None else (out,) if out.__class__ is Tensor else tuple(out)
+    outs = () if out is None else (out,) if isinstance(out, Tensor) else tuple(out)
     ops = dispatch.direct(op, *preds, x, history, noise, *outs)
     if ops is None:
         return None

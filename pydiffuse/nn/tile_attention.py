@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pydiffuse._core.checks import check_flag, describe
+from pydiffuse._core.checks import check_flag, describe, plain
 from pydiffuse._core.structs import MAX_HEAD_DIM
 from pydiffuse.attention import tile_attention
 from pydiffuse.plans import TilePlan
@@ -50,6 +50,7 @@ class TileAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        dim, heads, kv_heads, head_dim = map(plain, (dim, heads, kv_heads, head_dim))
         kv_heads = heads if kv_heads is None else kv_heads
         for name, value in (("dim", dim), ("heads", heads), ("kv_heads", kv_heads)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pydiffuse._core.structs import MAX_STATES, MAX_WIDTH
+from pydiffuse._core.words import plain
 from pydiffuse.paths import ScanPath
 from pydiffuse.paths.steps import PathLike, path_of
 from pydiffuse.scan import zigzag_mamba_inner
@@ -52,6 +53,7 @@ class ZigzagMamba(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        d_model, d_state, d_conv, expand = map(plain, (d_model, d_state, d_conv, expand))
         for name, value, most in (
             ("d_model", d_model, None), ("d_state", d_state, MAX_STATES), ("d_conv", d_conv, MAX_WIDTH),
             ("expand", expand, None),

@@ -12,6 +12,7 @@ OMP_NUM_THREADS says or, without it, as this process may use CPUs. `set_num_thre
 
 from pydiffuse import _host
 from pydiffuse.numpy.adaln import embed_t, gate_residual_modulate, modulate
+from pydiffuse.numpy.attention import tile_attention
 from pydiffuse.numpy.conv import causal_conv1d
 from pydiffuse.numpy.guidance import (
     apg,
@@ -32,6 +33,7 @@ from pydiffuse.numpy.patch import convert, dual_loop_t, noise_patches, patch_ste
 from pydiffuse.numpy.routing import channel_mask, gather_tokens, route, scatter_tokens
 from pydiffuse.numpy.scan import selective_scan
 from pydiffuse.numpy.superpose import superpose
+from pydiffuse.numpy.update import selective_state_update
 
 cpu_capability = _host.capability
 num_threads = _host.threads
@@ -66,8 +68,10 @@ __all__ = [
     "scatter_tokens",
     "select_patches",
     "selective_scan",
+    "selective_state_update",
     "set_num_threads",
     "slerp",
     "superpose",
     "tcfg",
+    "tile_attention",
 ]

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from pydiffuse._core import dispatch
-from pydiffuse._core.checks import check_flag, check_no_grad, check_outs, describe, is_integer
+from pydiffuse._core.checks import check_flag, check_no_grad, check_outs, describe, is_integer, plain
 from pydiffuse._core.functions import differentiable
 from pydiffuse._core.grids import (
     CONVERT,
@@ -86,6 +86,8 @@ def sample_t(
     (SD3 states it for 1 - t, so that its shift is 1/s). The draw is made where the generator is.
     """
     check_name("sample_t", "kind", kind, SAMPLES)
+    batch, patches = plain(batch), plain(patches)
+    loc, scale, std, mode_scale, shift = map(plain, (loc, scale, std, mode_scale, shift))
     for name, value in (("batch", batch), ("patches", patches)):
         if not is_integer(value) or value < 0:
             raise ValueError(f"sample_t: {name} is {value!r}; accepted: an int, 0 or more")
@@ -182,6 +184,31 @@ def convert(
     rule = (CONVERT, route, kinds[0], kinds[1])
     call = Call(op, patches.grid, rule, 1, 1 << X | 1 << PRED, (pred.dtype,))
     return mixed(call, Tables(table), (x, pred))[0][0]
+
+
+@overload
+def patch_step(
+    x: Tensor, pred: Tensor, t: Scalar, t_next: Scalar, patch_size: PatchSize = ..., *,
+    uncond: Tensor | None = ..., scale: Scalar = ..., mask: Tensor | None = ...,
+    method: Literal["multistep"], path: str = ..., predicts: str | None = ..., eta: float = ...,
+    noise: Tensor | None = ..., generator: torch.Generator | None = ...,
+    history: tuple[Tensor, Tensor] | None = ..., out: Tensor | None = ...,
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]: ...  # fmt: skip
+@overload
+def patch_step(
+    x: Tensor, pred: Tensor, t: Scalar, t_next: Scalar, patch_size: PatchSize = ..., *,
+    uncond: Tensor | None = ..., scale: Scalar = ..., mask: Tensor | None = ...,
+    method: Literal["euler", "ddim", "ancestral"] = ..., path: str = ..., predicts: str | None = ...,
+    eta: float = ..., noise: Tensor | None = ..., generator: torch.Generator | None = ...,
+    history: tuple[Tensor, Tensor] | None = ..., out: Tensor | None = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def patch_step(
+    x: Tensor, pred: Tensor, t: Scalar, t_next: Scalar, patch_size: PatchSize = ..., *,
+    uncond: Tensor | None = ..., scale: Scalar = ..., mask: Tensor | None = ..., method: str, path: str = ...,
+    predicts: str | None = ..., eta: float = ..., noise: Tensor | None = ...,
+    generator: torch.Generator | None = ..., history: tuple[Tensor, Tensor] | None = ..., out: Tensor | None = ...,
+) -> tuple[Any, ...]: ...  # fmt: skip
 
 
 def patch_step(
@@ -346,6 +373,7 @@ def select_patches(score: Tensor, k: int, *, as_mask: bool = False) -> Tensor | 
         first, rest = ops.select_patches.new(score.detach(), k, as_mask)
         if first is not None:
             return first if as_mask else (first, rest)
+    k = plain(k)
     check_score(op, score, k)
     check_flag(op, "as_mask", as_mask)
     if dispatch.forced_reference():
@@ -369,6 +397,7 @@ def dual_loop_t(score: Tensor, k: int, t: Scalar, *, dt: Scalar, steps: int) -> 
     gradient.
     """
     op = "dual_loop_t"
+    k, steps = plain(k), plain(steps)
     patches = check_score(op, score, k)
     begin = check_level(op, "t", t, patches, score)
     dt = check_dt(op, dt, patches)

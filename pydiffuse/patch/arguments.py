@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pydiffuse._core.checks import check_tensors, describe, is_integer, values_hidden
+from pydiffuse._core.checks import check_tensors, describe, is_integer, plain, values_hidden
 from pydiffuse._core.dispatch import forced
 from pydiffuse._core.grids import PatchSize, count_patches, grid_of, patch_sizes
 
@@ -46,6 +46,7 @@ _divisions = lru_cache(maxsize=256, typed=True)(_divided)
 
 
 def remembered(op: str, shape: Sequence[int], patch_size: PatchSize) -> Patches:
+    patch_size = plain(patch_size)
     return _divisions(op, shape, patch_size if isinstance(patch_size, int | None) else tuple(patch_size))
 
 
@@ -62,6 +63,7 @@ def check_level(op: str, argument: str, value: Scalar, patches: Patches, like: T
     level outside [0, 1] makes its patch NaN.
     """
     B, N = patches.batch, patches.total
+    value = plain(value)
     if not isinstance(value, Tensor):
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise TypeError(f"{op}: {argument} is {describe(value)}; accepted: a number, (B,) or (B, N)")
@@ -126,6 +128,7 @@ def check_score(op: str, score: Tensor, k: int) -> Patches:
 
 def check_dt(op: str, dt: Scalar | None, patches: Patches) -> Scalar:
     """A number >= 0, (B,) or (B, N)."""
+    dt = plain(dt)
     B, N = patches.batch, patches.total
     if isinstance(dt, Tensor):
         if dt.shape == () or dt.shape == (B,) or dt.shape == (B, N):
@@ -142,6 +145,7 @@ def check_dt(op: str, dt: Scalar | None, patches: Patches) -> Scalar:
 
 def check_scales(op: str, scale: Scalar, like: Tensor) -> tuple[float, Tensor | None]:
     """A number, or float32 [B]."""
+    scale = plain(scale)
     if isinstance(scale, bool) or not isinstance(scale, int | float | Tensor):
         raise TypeError(f"{op}: scale is {describe(scale)}; accepted: a number or a (B,) tensor")
     if not isinstance(scale, Tensor):

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from pydiffuse._core.checks import check_flag, describe, narrowed, without_values
+from pydiffuse._core.checks import check_flag, describe, is_integer, narrowed, plain, without_values
 from pydiffuse.paths import ScanPath, from_order
 
 PathLike = ScanPath | Tensor | Sequence[int] | None
@@ -96,11 +97,15 @@ def _offsets(op: str, cu_seqlens: Any, L: int, device: torch.device) -> tuple[Te
             )
         values = None if without_values(cu_seqlens) else cu_seqlens.tolist()
     else:
-        if not isinstance(cu_seqlens, Sequence) or not all(type(o) is int for o in cu_seqlens):
+        if isinstance(cu_seqlens, np.ndarray) and cu_seqlens.ndim == 1:
+            cu_seqlens = cu_seqlens.tolist()
+        elif isinstance(cu_seqlens, Sequence) and not isinstance(cu_seqlens, str):
+            cu_seqlens = [plain(o) for o in cu_seqlens]
+        if not isinstance(cu_seqlens, list) or not all(is_integer(o) for o in cu_seqlens):
             raise TypeError(
-                f"{op}: cu_seqlens is {describe(cu_seqlens)}; accepted: a tensor or a list of S + 1 integers"
+                f"{op}: cu_seqlens is {describe(cu_seqlens)}; accepted: a tensor, an array or a list of S + 1 integers"
             )
-        values = list(cu_seqlens)
+        values = cu_seqlens
     if values is not None and (
         len(values) < 2 or values[0] != 0 or values[-1] != L or not _rising(values)
     ):

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
+
+from pydiffuse._core.modes import compiling, is_tensor
 
 MAX_TILES = 2**27
 """Kept tiles of a plan: some GB of memory while it is made."""
@@ -28,7 +28,7 @@ def count(op: str, argument: str, value: Any, least: int = 1, most: int | None =
 
 def check_eager(op: str) -> None:
     """Dynamo would trace how a plan is made, and keep nothing of it."""
-    if torch.compiler.is_dynamo_compiling():
+    if compiling():
         raise RuntimeError(f"{op}: make the plan outside of the compiled function")
 
 
@@ -52,7 +52,7 @@ def counts(
     if sizes:
         accepted = f"{' or '.join(map(str, sizes))} {accepted}"
     given: tuple[Any, ...] = ()
-    if isinstance(values, Sequence | np.ndarray | Tensor) and not isinstance(values, str):
+    if (isinstance(values, Sequence | np.ndarray) or is_tensor(values)) and not isinstance(values, str):
         given = tuple(values)
     try:
         numbers = tuple(operator.index(v) for v in given)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from pydiffuse._core.checks import describe
+from pydiffuse._core.words import describe
 from pydiffuse.plans.arguments import check_eager
 from pydiffuse.plans.plan import TilePlan, form, given_plan, make_plan
 from pydiffuse.plans.rows import FULL, Entries, entries_of, overlaps, recut, sorted_runs

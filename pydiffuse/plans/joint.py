@@ -69,7 +69,7 @@ def joint(
             raise ValueError(
                 f"{OP}: {name!r} has {length} tokens and steps is {steps}; accepted: 1 to {length}"
             )
-        if isinstance(plan, TilePlan) and plan.order is not None:
+        if isinstance(plan, TilePlan) and plan.places() is not None:
             raise ValueError(
                 f"{OP}: {name!r} is {plan!r}, which has an order; accepted in local: modalities in order of time"
             )
@@ -140,7 +140,7 @@ def _step(bounds: np.ndarray, steps: int) -> np.ndarray:
 
 
 def _order(plans: tuple[tuple[str, int | TilePlan], ...]) -> np.ndarray | None:
-    if all(isinstance(p, int) or p.order is None for _, p in plans):
+    if all(isinstance(p, int) or p.places() is None for _, p in plans):
         return None
     orders, first = [], 0
     for _, plan in plans:

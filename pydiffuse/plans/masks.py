@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from pydiffuse._core.checks import describe
-from pydiffuse._core.modes import real_tensors
+from pydiffuse._core.modes import is_tensor, real_tensors
+from pydiffuse._core.words import describe
 from pydiffuse.plans.arguments import check_eager, count, counts
 from pydiffuse.plans.plan import TilePlan, given_plan
 from pydiffuse.plans.rows import FULL, Entries, Tiles, row_starts, sorted_runs
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CHUNK = 2**22
 """Elements of a mask_mod that are evaluated at once."""
@@ -76,12 +77,15 @@ def from_blocks(
     return given_plan(op, q, k, rows)
 
 
-def _bools(op: str, mask: Tensor | np.ndarray, names: str) -> np.ndarray:
+def _bools(op: str, mask: Any, names: str) -> np.ndarray:
     """bool [P, queries, keys] of a mask, or of the one that samples share."""
-    with real_tensors():
-        array = mask.detach().cpu().numpy() if isinstance(mask, Tensor) else np.asarray(mask)
+    if is_tensor(mask):
+        with real_tensors():
+            array = mask.detach().cpu().numpy()
+    else:
+        array = np.asarray(mask)
     if array.dtype != bool or array.ndim not in (2, 3, 4) or 0 in array.shape:
-        given = describe(mask) if isinstance(mask, Tensor) else f"{array.dtype} {array.shape}"
+        given = describe(mask) if is_tensor(mask) else f"{array.dtype} {array.shape}"
         raise ValueError(f"{op}: mask is {given}; accepted: bool {names}")
     if array.ndim == 4:
         if (array != array[:1]).any():
@@ -170,6 +174,7 @@ def _blocks(block_mask: Any) -> Blocks:
 
 def _evaluated(block_mask: Any, blocks: Blocks) -> list[np.ndarray]:
     """The bits of every partial block, cut at the ends of the sequences."""
+    import torch
     from torch.nn.attention.flex_attention import create_mask
 
     (q_size, k_size), (q_length, k_length) = block_mask.BLOCK_SIZE, block_mask.seq_lengths

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from pydiffuse._core.checks import check_flag
+from pydiffuse._core.words import check_flag
 from pydiffuse.plans.arguments import check_eager, check_tiles, check_tokens, count, counts
 from pydiffuse.plans.plan import TilePlan, form, make_plan
 from pydiffuse.plans.rows import FULL, Runs, Tiles, ranges, row_starts

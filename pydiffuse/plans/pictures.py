@@ -37,7 +37,7 @@ def summary(plan: TilePlan) -> str:
         f" {whole:,} whole, {tiles - whole:,} partial with {len(runs.bits)} masks",
         f"density   {_shares(kept)} of all pairs, {_shares(computed)} computed",
         f"speed-up  {1 / computed.mean() if computed.any() else math.inf:.2f}x over dense at best",
-        f"memory    {_bytes(sum(t.numel() * t.element_size() for t in plan.tensors if t is not None))}",
+        f"memory    {_bytes(sum(a.nbytes for a in plan.walk if a is not None))}",
     ]
     return "\n".join(lines)
 

@@ -18,14 +18,12 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from os import PathLike
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from pydiffuse._core.modes import real_tensors
-from pydiffuse._core.structs import PlanTensors
+from pydiffuse._core.modes import compiling, real_tensors, torch_is_there
+from pydiffuse._core.spans import PlanTensors, packed
 from pydiffuse.plans import files, pictures
 from pydiffuse.plans.arguments import check_eager, check_tokens
 from pydiffuse.plans.rows import (
@@ -39,7 +37,11 @@ from pydiffuse.plans.rows import (
     tiles_in,
     transposed,
 )
-from pydiffuse.plans.tensors import plan_tensors
+from pydiffuse.plans.tensors import plan_arrays, plan_tensors
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 TRANSPOSED = ("transposed", True)
 """Among a plan's parameters: its queries and keys are swapped."""
@@ -61,10 +63,12 @@ class TilePlan:
     k_bounds: np.ndarray = field(compare=False)
     runs: Runs = field(compare=False)
     """What each tile of queries sees."""
-    tensors: PlanTensors = field(compare=False)
-    """What the kernels walk, on one device."""
-    _kin: dict[tuple[bool, torch.device], TilePlan] = field(default_factory=dict, compare=False)
-    """This plan both ways round on every device it was asked for, by (transposed, device)."""
+    walk: PlanTensors = field(compare=False)
+    """What the kernels walk, as arrays, which need no torch."""
+    _tensors: PlanTensors | None = field(default=None, compare=False)
+    """The same on one device; None until torch is there."""
+    _kin: dict[tuple[bool, torch.device | None], TilePlan] = field(default_factory=dict, compare=False)
+    """This plan both ways round on every device it was asked for, by (transposed, device); None is the CPU."""
 
     # Plain values of what a call looks at: torch.compile takes them for constants, NumPy's for unknowns.
     q_length: int = field(init=False, compare=False)
@@ -81,11 +85,27 @@ class TilePlan:
             ("is_transposed", TRANSPOSED in self.parameters),
         ):
             object.__setattr__(self, name, value)
-        self._kin[self.is_transposed, self.device] = self
+        if self._tensors is None and torch_is_there():
+            object.__setattr__(self, "_tensors", plan_tensors(self.walk))
+        self._kin[self.is_transposed, self._place] = self
+
+    @property
+    def tensors(self) -> PlanTensors:
+        """What the kernels walk, on one device."""
+        if self._tensors is None:
+            object.__setattr__(self, "_tensors", plan_tensors(self.walk))
+        assert self._tensors is not None
+        return self._tensors
 
     @property
     def device(self) -> torch.device:
         return self.tensors.spans.device
+
+    @property
+    def _place(self) -> torch.device | None:
+        if self._tensors is None or self._tensors.spans.device.type == "cpu":
+            return None
+        return self._tensors.spans.device
 
     @property
     def order(self) -> Tensor | None:
@@ -94,9 +114,7 @@ class TilePlan:
 
     def places(self) -> np.ndarray | None:
         """`order` as an array, on whichever device the plan is."""
-        with real_tensors():
-            order = self.to("cpu").order
-            return None if order is None else order.numpy()
+        return self.walk.order
 
     @cached_property
     def rows(self) -> Tiles:
@@ -104,39 +122,57 @@ class TilePlan:
         return tiles_in(self.runs)
 
     @cached_property
+    def packed_array(self) -> np.ndarray:
+        """`walk` as one array."""
+        return packed(self.walk)
+
+    @cached_property
     def packed(self) -> Tensor:
         """What direct calls on the CPU take."""
+        import torch
+
         with real_tensors():
-            return self.tensors.packed()
+            return torch.from_numpy(self.packed_array)
 
     def to(self, device: torch.device | str | int) -> TilePlan:
         """The same plan with its tensors on `device`: copied once, then the same object again."""
+        import torch
+
         device = torch.device(device)
         if device.index is None and device.type != "cpu":
             device = torch.empty(0, device=device).device
-        found = self._kin.get((self.is_transposed, device))
+        found = self._kin.get((self.is_transposed, None if device.type == "cpu" else device))
         if found is not None:
             return found
         # Dynamo cannot trace real_tensors(). What its graphs make is real; within inference mode it refuses
         # a plan that is elsewhere (torch 2.13).
-        with nullcontext() if torch.compiler.is_dynamo_compiling() else real_tensors():
+        with nullcontext() if compiling() else real_tensors():
             moved = (None if t is None else t.to(device) for t in self.tensors)
             tensors = PlanTensors(*moved)  # type: ignore[arg-type]
         return TilePlan(
-            self.name, self.parameters, self.q_bounds, self.k_bounds, self.runs, tensors, self._kin
+            self.name,
+            self.parameters,
+            self.q_bounds,
+            self.k_bounds,
+            self.runs,
+            self.walk,
+            tensors,
+            self._kin,
         )
 
     def transpose(self) -> TilePlan:
         """Queries and keys swapped: who is seen by whom. plan.transpose().transpose() is plan."""
-        found = self._kin.get((not self.is_transposed, self.device))
+        if self._place is not None:
+            return self.to("cpu").transpose().to(self._place)
+        found = self._kin.get((not self.is_transposed, None))
         if found is None:
             parameters = tuple(p for p in self.parameters if p != TRANSPOSED)
             parameters += () if self.is_transposed else (TRANSPOSED,)
             runs = transposed(self.runs, len(self.k_bounds) - 1)
-            tensors = plan_tensors(runs, self.k_bounds, self.q_bounds, self.places())
+            walk = plan_arrays(runs, self.k_bounds, self.q_bounds, self.places())
             found = TilePlan(
-                self.name, parameters, self.k_bounds, self.q_bounds, runs, tensors, self._kin
-            ).to(self.device)
+                self.name, parameters, self.k_bounds, self.q_bounds, runs, walk, None, self._kin
+            )
         return found
 
     @property
@@ -181,6 +217,8 @@ class TilePlan:
             place = np.empty(self.q_length, np.int64)
             place[order] = np.arange(self.q_length)
             dense = dense[:, place][:, :, place]
+        import torch
+
         return torch.from_numpy(dense)
 
     @property
@@ -222,7 +260,11 @@ class TilePlan:
         # Copies and pickles find the plan they came from, on the device that torch.load maps to.
         if self.is_transposed:
             return TilePlan.transpose, (self.transpose(),)
-        anchor = torch.empty(0, dtype=torch.int32, device=self.device)
+        anchor = None
+        if torch_is_there():
+            import torch
+
+            anchor = torch.empty(0, dtype=torch.int32, device=self.device)
         return _restore, (self.name, self.parameters, anchor, self.arrays())
 
     def __repr__(self) -> str:
@@ -265,10 +307,11 @@ def read_plan(name: str, parameters: dict[str, Any], arrays: files.Arrays | None
 
 
 def _restore(
-    name: str, parameters: tuple[tuple[str, Any], ...], anchor: Tensor, arrays: files.Arrays | None
+    name: str, parameters: tuple[tuple[str, Any], ...], anchor: Tensor | None, arrays: files.Arrays | None
 ) -> TilePlan:
     """For copies and pickles. anchor: an empty tensor on the plan's device."""
-    return rebuild(name, parameters, arrays).to(anchor.device)
+    plan = rebuild(name, parameters, arrays)
+    return plan if anchor is None else plan.to(anchor.device)
 
 
 _GIVEN: weakref.WeakValueDictionary[tuple[str, Any], TilePlan] = weakref.WeakValueDictionary()
@@ -289,8 +332,8 @@ def make_plan(
     check_eager(name)
     q_bounds, k_bounds = _bounds(name, q_lengths), _bounds(name, k_lengths)
     runs = simplified(rows if isinstance(rows, Runs) else runs_of(rows))
-    tensors = plan_tensors(runs, q_bounds, k_bounds, order)
-    return TilePlan(name, tuple(parameters), q_bounds, k_bounds, runs, tensors)
+    walk = plan_arrays(runs, q_bounds, k_bounds, order)
+    return TilePlan(name, tuple(parameters), q_bounds, k_bounds, runs, walk)
 
 
 def given_plan(

@@ -5,29 +5,35 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import torch
-from torch import Tensor
 
+from pydiffuse._core.limits import BLOCK
 from pydiffuse._core.modes import real_tensors
-from pydiffuse._core.structs import BLOCK, PlanTensors, Spans
+from pydiffuse._core.spans import PlanTensors, Spans
 from pydiffuse.plans.arguments import check_eager
 from pydiffuse.plans.rows import Runs, ranges, row_of, transposed
 
 
-def plan_tensors(
+def plan_arrays(
     runs: Runs, q_bounds: np.ndarray, k_bounds: np.ndarray, order: np.ndarray | None
 ) -> PlanTensors:
-    """order: int32 [S] or None. On the CPU."""
+    """order: int32 [S] or None."""
+    words, mask_at = _words(runs.bits)
+    by_q = _spans(runs, q_bounds, k_bounds)
+    by_k = _spans(transposed(runs, len(k_bounds) - 1), k_bounds, q_bounds)
+    places = None if order is None else np.ascontiguousarray(order, np.int32)
+    return PlanTensors(*by_q, *by_k, words, mask_at, places)
+
+
+def plan_tensors(arrays: PlanTensors) -> PlanTensors:
+    """On the CPU, of the arrays' memory."""
     check_eager("TilePlan")
+    import torch
+
     with real_tensors():
-        words, mask_at = _words(runs.bits)
-        by_q = _spans(runs, q_bounds, k_bounds)
-        by_k = _spans(transposed(runs, len(k_bounds) - 1), k_bounds, q_bounds)
-        places = None if order is None else torch.from_numpy(order.astype(np.int32))
-        return PlanTensors(*by_q, *by_k, words, mask_at, places)
+        return PlanTensors(*(None if a is None else torch.from_numpy(a) for a in arrays))  # type: ignore[arg-type]
 
 
-def _words(bits: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
+def _words(bits: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """The masks as int32 words, bit j of a word the key 32 w + j; and where each begins."""
     packed, at, total = [], [], 0
     for mask in bits:
@@ -37,7 +43,7 @@ def _words(bits: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
         at.append(total)
         total += packed[-1].size
     words = np.concatenate(packed) if packed else np.zeros(1, np.int32)
-    return torch.from_numpy(words.astype(np.int32)), torch.from_numpy(np.array(at, np.int64))
+    return words.astype(np.int32), np.array(at, np.int64)
 
 
 def _spans(runs: Runs, bounds: np.ndarray, other_bounds: np.ndarray) -> Spans:
@@ -47,10 +53,10 @@ def _spans(runs: Runs, bounds: np.ndarray, other_bounds: np.ndarray) -> Spans:
     head, tile = row_of(runs.starts)
     seen = np.bincount(head * count + tile, spans[:, 1] - spans[:, 0], heads * count)
     return Spans(
-        torch.from_numpy(bounds),
-        torch.from_numpy(runs.starts.astype(np.int32)),
-        torch.from_numpy(spans.astype(np.int32)),
-        torch.from_numpy(_blocks(bounds, seen.reshape(heads, count))),
+        bounds,
+        runs.starts.astype(np.int32),
+        spans.astype(np.int32),
+        _blocks(bounds, seen.reshape(heads, count)),
     )
 
 

@@ -29,6 +29,7 @@ from pydiffuse._core.checks import (
     describe,
     is_integer,
     narrowed,
+    plain,
     values_hidden,
 )
 from pydiffuse._core.functions import differentiable, needs_function
@@ -59,6 +60,7 @@ def route(
     nearest count). generator: a torch.Generator of `device`. Returns ids (B, keep) int64, sorted,
     unique.
     """
+    B, N, keep = map(plain, (B, N, keep))
     for name, value in (("B", B), ("N", N)):
         if not is_integer(value) or value < 0:
             raise ValueError(f"route: {name} is {value!r}; accepted: an integer, 0 or more")
@@ -147,6 +149,7 @@ def channel_mask(
     level: a number or tensor in [0, 1], 1 the noisiest: i / (T - 1) for step i of T. channels: C.
     beta: the share of channels in the window, in (0, 1]. alpha: > 0. Returns bool [..., C].
     """
+    level, channels, beta, alpha = map(plain, (level, channels, beta, alpha))
     if not is_integer(channels) or channels < 1:
         raise ValueError(f"channel_mask: channels is {channels!r}; accepted: an integer, 1 or more")
     if not (isinstance(level, int | float) and not isinstance(level, bool)) and not (

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from pydiffuse._core.checks import _overlap, check_shape, describe, is_integer, values_hidden
+from pydiffuse._core.checks import _overlap, check_shape, describe, is_integer, plain, values_hidden
 
 INTEGERS = (torch.int32, torch.int64)
 
@@ -58,6 +59,7 @@ def check_apart(op: str, out: Tensor, y: Tensor) -> None:
 
 def gate_of(op: str, gate: Any, ids: Tensor) -> Tensor | None:
     """The gate as float32 (B, keep)."""
+    gate = plain(gate)
     if gate is None:
         return None
     if not isinstance(gate, Tensor):
@@ -99,7 +101,7 @@ def check_linear(
             )
     if sizes is None:
         return
-    given = list(sizes) if isinstance(sizes, Sequence) else None
+    given = [plain(s) for s in sizes] if isinstance(sizes, Sequence | np.ndarray) else None
     if given is None or len(given) != M or not all(is_integer(s) and s >= 0 for s in given):
         raise ValueError(f"{op}: sizes is {sizes!r}; accepted: {M} counts, one per modality")
     if sum(given) != modality.numel():
@@ -114,7 +116,7 @@ def check_linear(
 
 def group_sizes(modality: Tensor, M: int, sizes: Sequence[int] | None) -> list[int]:
     if sizes is not None:
-        return list(sizes)
+        return [plain(s) for s in sizes]
     if torch._C._are_functorch_transforms_active() and values_hidden(modality):
         raise ValueError(
             "routed_linear: sizes is None within a vmap; accepted: how many tokens each modality has"

@@ -200,6 +200,8 @@ def zigzag_mamba_inner(
         check_shape(op, "conv1d_weight", conv1d_weight, (D_, 1, None), "(D, 1, W)", like=xz)
     else:
         check_shape(op, "conv1d_weight", conv1d_weight, (D_, None), "(D, W) or (D, 1, W)", like=xz)
+    if conv1d_bias is not None:
+        check_shape(op, "conv1d_bias", conv1d_bias, (D_,), "(D,)", like=xz)
     check_shape(op, "delta_proj_weight", delta_proj_weight, (D_, None), "(D, R)", like=xz)
     rank = delta_proj_weight.shape[1]
     rows = rank + N * ((B is None) + (C is None))

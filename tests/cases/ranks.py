@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
 import pydiffuse
 from pydiffuse import distributed
-from pydiffuse.distributed import comm, slices
+from pydiffuse.distributed import comm, scale, slices
 from tests.cases import guidance
 from tests.helpers import leaves
 from tests.ranks import spare
@@ -304,7 +307,8 @@ def scan_cases(group: dist.ProcessGroup) -> None:
             pydiffuse.selective_scan, delta_softplus=True, layout=layout, path=path, **options
         )
         part = functools.partial(
-            distributed.selective_scan, delta_softplus=True, layout=layout, path=mine, method=method, group=group, **options
+            distributed.selective_scan, delta_softplus=True, layout=layout, path=mine, method=method,
+            group=group, **options
         )  # fmt: skip
         tolerance = 5e-3 if dtype is bf16 else 1e-6
         with distributed.count_bytes() as sent:
@@ -471,8 +475,162 @@ def token_errors(group: dist.ProcessGroup) -> None:
     assert conv(t).shape == t.shape and attend(q).shape == q.shape, rank
 
 
-def train(group: dist.ProcessGroup, steps: int) -> list[float]:
+def train(group: dist.ProcessGroup, steps: int, fsdp: bool = False) -> list[float]:
     """The losses of the example."""
     from examples.distributed.train import train
 
-    return train(steps, group=group)
+    return train(steps, group=group, fsdp=fsdp)
+
+
+def conditions(group: dist.ProcessGroup) -> None:
+    """Every rank predicts for its condition, all guide and step their part."""
+    ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+    g = torch.Generator().manual_seed(0)
+    preds, x = torch.randn(ranks, 2, 7, 5, generator=g), torch.randn(2, 7, 5, generator=g)
+    weights = [1.0 + r for r in range(ranks - 1)]
+    options = {"a": 0.9, "b": 0.1, "weights": weights, "rescale": 0.5}
+    whole = [p.clone().requires_grad_() for p in preds]
+    want = pydiffuse.guide(whole, "compose", x=x, **options)
+    mine = preds[rank].clone().requires_grad_()
+    with distributed.count_bytes() as sent:
+        parts = distributed.exchange_predictions(mine, group=group)
+    own = x.tensor_split(ranks, 1)[rank]
+    assert sent["exchange_predictions"] == 4 * (x.numel() - own.numel())
+    step = distributed.guide(parts, "compose", x=own, group=group, **options)
+    have = distributed.gather_parts(step, 7, group=group)
+    torch.testing.assert_close(have, want, rtol=1e-5, atol=1e-6)
+    want.square().sum().backward()
+    (have.square().sum() / ranks).backward()
+    torch.testing.assert_close(mine.grad, whole[rank].grad, rtol=1e-4, atol=1e-5)
+    refused(group, lambda r: distributed.exchange_predictions(x, dim=3, group=group), "dim is 3")
+    refused(group, lambda r: distributed.gather_parts(own, 9 + r, group=group), "gather_parts")
+
+
+def dtensors(group: dist.ProcessGroup) -> None:
+    """What is spread over a mesh goes into pydiffuse's own functions: values and gradients of one process."""
+    size = dist.get_world_size(group)
+    meshes = [(DeviceMesh.from_group(group, "cpu"), ([Shard(0)], [Shard(2)], [Replicate()]))]
+    if size == 4:
+        mesh = DeviceMesh("cpu", torch.arange(4).reshape(2, 2))
+        meshes.append((mesh, ([Shard(0), Shard(1)], [Replicate(), Shard(1)], [Shard(0), Shard(0)])))
+    weight = torch.randn(5, 4, 7)
+    w = torch.rand(5) + 2
+    calls: list[Callable[..., Any]] = [
+        lambda c, u: pydiffuse.tcfg(c, u, 3.0),
+        lambda c, u: pydiffuse.cfg(c, u, w, rescale=0.7),
+        lambda c, u: pydiffuse.apg(c, u, w, momentum=0.5, norm_threshold=2.0)[0],
+        lambda c, u: pydiffuse.guide([c, u], "cfg_zero", x=u, a=0.9, b=w, scale=2.0, predict=(0.5, 2.0))[
+            1
+        ],
+        lambda c, u: pydiffuse.combine([c, u], torch.tensor([2.0, -1.0])),
+        lambda c, u: pydiffuse.compose([c, c], u, [1.0, w]),
+        lambda c, u: pydiffuse.tcfg([c, 0.5 * u], u, [2.0, w], rescale=0.3),
+        lambda c, u: pydiffuse.superpose([c, u], torch.zeros(5, 2), w, kind="and", noise=u - c)[0],
+    ]
+    for mesh, each in meshes:
+        for placements in each:
+            for call in calls:
+                c, u = torch.randn(2, 5, 4, 7, generator=torch.Generator().manual_seed(0))
+                plain = [t.clone().requires_grad_() for t in (c, u)]
+                spread = [distribute_tensor(t, mesh, placements).requires_grad_() for t in (c, u)]
+                want, have = call(*plain), call(*spread)
+                assert isinstance(have, DTensor) and list(have.placements) == list(placements)
+                torch.testing.assert_close(have.full_tensor(), want, rtol=1e-5, atol=1e-5)
+                (want * weight).sum().backward()
+                (have * distribute_tensor(weight, mesh, placements)).sum().backward()
+                for p, s in zip(plain, spread, strict=True):
+                    torch.testing.assert_close(s.grad.full_tensor(), p.grad, rtol=1e-4, atol=1e-4)
+            c = distribute_tensor(c, mesh, placements)
+            G = pydiffuse.gram([c, c]).full_tensor()
+            torch.testing.assert_close(G, pydiffuse.gram([c.full_tensor()] * 2))
+            out = torch.empty_like(c)
+            assert pydiffuse.tcfg(c, c, 3.0, out=out) is out
+            torch.testing.assert_close(out.full_tensor(), c.full_tensor(), rtol=1e-4, atol=1e-4)
+            refused(
+                group, lambda r, c=c: pydiffuse.tcfg(c, c.full_tensor(), 3.0), "tcfg", "beside a DTensor"
+            )
+
+
+def formulas(group: dist.ProcessGroup) -> None:
+    """The cost model's bytes are those that are counted."""
+    ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+    last, f, d = rank == ranks - 1, scale, distributed
+
+    def sent(call: Callable[[], Any]) -> int:
+        with d.count_bytes() as found:
+            call()
+        return sum(found.values())
+
+    x = torch.randn(2, 12, 64)
+    assert sent(lambda: d.tcfg(x, x, 3.0, group=group)) == f.guidance_bytes(2, 2)
+    assert sent(lambda: d.tcfg(x, x, 3.0, rescale=0.3, group=group)) == f.guidance_bytes(2, 2, True)
+    conv = sent(lambda: d.causal_conv1d(x, torch.ones(64, 4), layout="bld", group=group))
+    assert conv == (0 if last else f.conv_bytes(2, 64, 4, 4))
+    for method in ("pipeline", "gather"):
+        scan = sent(
+            lambda m=method: d.selective_scan(
+                x, x, -torch.ones(64, 4), x[..., :4], x[..., :4], layout="bld", method=m, group=group
+            )
+        )
+        assert scan == (0 if last and method == "pipeline" else f.scan_bytes(2, 64, 4, method))
+    each = lengths(60, ranks, 9)
+    q, k = torch.randn(2, 4, each[rank], 16), torch.randn(2, 4, each[rank], 16)
+    plan = pydiffuse.plans.frames(5, 12, 1)
+    for method, formula in (
+        ("ulysses", f.ulysses_bytes(2, 4, 4, each, rank, 16, 4)),
+        ("ring", f.ring_bytes(2, 4, plan, each, rank, 16, 4)),
+    ):
+        found = sent(
+            lambda m=method: d.tile_attention(q, k, k, plan, lengths=each, method=m, group=group)
+        )
+        assert found == formula
+    path = pydiffuse.paths.from_order(torch.randperm(6000, generator=torch.Generator().manual_seed(0)))
+    each = lengths(6000, ranks, 500)
+    tokens = torch.randn(1, each[rank], 3)
+    found = sent(lambda: d.reorder(tokens, None, path, each, group=group))
+    assert abs(found / f.reorder_bytes(1, each, rank, 3, 4) - 1) < 0.1
+
+
+def arrival(group: dist.ProcessGroup) -> None:
+    """Whoever comes late: the same bits."""
+    ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+    plan = pydiffuse.plans.dense(48)
+    q = torch.randn(1, 2, 48, 16, generator=torch.Generator().manual_seed(rank))[:, :, : 48 // ranks]
+    results = []
+    for late in (0, ranks - 1):
+        time.sleep(0.2 * (rank == late))
+        t = q.clone().requires_grad_()
+        out = distributed.tile_attention(t, t, t, plan, group=group, method="ring")
+        time.sleep(0.2 * (rank == late))
+        out.square().sum().backward()
+        c = distributed.apg(q, q.flip(2), 3.0, norm_threshold=1.0, group=group)
+        results.append((out, t.grad, c))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+def attention_over_a_mesh(group: dist.ProcessGroup) -> None:
+    """Heads along one dimension of 2 x 2 ranks, rings along the other."""
+    rank, P = dist.get_rank(group), pydiffuse.plans
+    mesh = DeviceMesh("cpu", torch.arange(4).reshape(2, 2))
+    heads = P.per_head([P.local(60, 9), P.causal(60)])
+    ordered = P.sliding_tile((6, 10), (2, 5), (2, 5))
+    for plan, H, Hk, each, by in (
+        (P.frames(5, 12, 1), 4, 2, [15] * 4, None),
+        (heads, 2, 2, distributed.split(heads, 4), torch.tensor([0.2, 0.3])),
+        (ordered, 3, 3, [7, 20, 13, 20], 0.3),
+    ):
+        g = torch.Generator().manual_seed(4)
+        q, k, v = (torch.randn(2, h, 60, 16, generator=g) for h in (H, Hk, Hk))
+        first, last = bounds(each, rank)
+        options = {"scale": by, "return_lse": True}
+        compare(
+            group, functools.partial(pydiffuse.tile_attention, plan=plan, **options),
+            functools.partial(distributed.tile_attention, plan=plan, lengths=each, group=mesh, **options),
+            (q, k, v), lambda t, first=first, last=last: t[:, :, first:last], 1e-6,
+        )  # fmt: skip
+    refused(
+        group,
+        lambda r: distributed.tile_attention(q, k, v, ordered, group=mesh, method="ring"),
+        "two dimensions",
+    )
