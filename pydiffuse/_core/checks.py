@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,6 +34,24 @@ def alike(tensors: Sequence[Tensor]) -> bool:
         if not (isinstance(t, Tensor) and t.shape == shape and t.dtype is dtype and t.device == device):
             return False
     return True
+
+
+def widest(*tensors: Any) -> tuple[Any, ...]:
+    """Under autocast, floating-point tensors in the widest dtype among them, as it has it for torch.cat; elsewhere,
+    and where there is nothing to widen, the tensors as they are."""
+    found = {t.dtype for t in tensors if isinstance(t, Tensor)}
+    if len(found) < 2 or not found <= set(DTYPES):
+        return tensors
+    device = next(t.device.type for t in tensors if isinstance(t, Tensor))
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = functools.reduce(torch.promote_types, found)
+    return tuple(t.to(dtype) if isinstance(t, Tensor) else t for t in tensors)
+
+
+def parameter_dtypes(like: Tensor) -> tuple[torch.dtype, ...]:
+    """What a parameter may be whose arithmetic is float32: that; under autocast, which may have cast it, more."""
+    return DTYPES if not like.is_meta and torch.is_autocast_enabled(like.device.type) else DTYPES[:1]
 
 
 def check_tensors(op: str, argument: str, tensors: Sequence[Tensor], *, same_dtype: bool = True) -> None:

@@ -20,11 +20,7 @@ def needs_function(*tensors: Tensor | None) -> bool:
         for t in tensors:
             if t is not None and t.requires_grad:
                 return True
-    return (
-        torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or torch.compiler.is_exporting()
-    )
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or may_learn()
 
 
 OPERATIONS: dict[str, Any] = {}
@@ -32,10 +28,11 @@ OPERATIONS: dict[str, Any] = {}
 
 
 def may_learn() -> bool:
-    """Whether a graph is made in which gradients are due that no tensor tells of yet: an exported one, or one of
-    a transform of torch.func."""
-    transforms = torch._C._are_functorch_transforms_active()
-    return torch.compiler.is_exporting() or (transforms and torch.compiler.is_compiling())
+    """Whether a graph is made in which gradients are due that no tensor tells of yet: of torch.export,
+    torch.jit.trace, or of a transform of torch.func within torch.compile."""
+    if not torch.compiler.is_compiling():
+        return torch._C._is_tracing()
+    return torch.compiler.is_exporting() or torch._C._are_functorch_transforms_active()
 
 
 class Operation(Function):
@@ -85,10 +82,10 @@ def differentiable(name: str, *args: Any) -> Any:
     """`OPERATIONS[name].apply`, as graphs can hold it. Dynamo (torch 2.11 to 2.13) can trace it where a gradient
     is due; where nothing requires one it would lose an argument, so there the forward is the whole of it."""
     function = OPERATIONS[name]
-    if not torch.compiler.is_compiling():
-        return function.apply(*args)
     if may_learn():
         return call(name, *args)
+    if not torch.compiler.is_compiling():
+        return function.apply(*args)
     if not needs_function(*(t for t in args if isinstance(t, Tensor))):
         return function.forward(*args)
     return function.apply(*args)

@@ -20,14 +20,16 @@ from pydiffuse._core.dispatch import _libraries
 
 _library = _libraries["pydiffuse"]
 _library.define(
-    "call(str text, Tensor?[] tensors, SymInt[] ints, float[] floats) -> Tensor[]",
+    "call(str text, Tensor[] tensors, SymInt[] ints, float[] floats) -> Tensor[]",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+
+CONSTANTS = {"none": None, "true": True, "false": False}
 
 
 def call(name: str, *args: Any) -> tuple[Tensor, ...]:
     """The op for a Function with these arguments."""
-    tensors: list[Tensor | None] = []
+    tensors: list[Tensor] = []
     ints: list[int] = []
     floats: list[float] = []
     text = name
@@ -37,7 +39,9 @@ def call(name: str, *args: Any) -> tuple[Tensor, ...]:
 
 
 def _word(arg: Any, tensors: list[Any], ints: list[Any], floats: list[Any]) -> str:
-    if arg is None or isinstance(arg, Tensor):
+    if arg is None:
+        return "none"
+    if isinstance(arg, Tensor):
         tensors.append(arg)
         return "t"
     if isinstance(arg, bool):
@@ -59,7 +63,7 @@ def _word(arg: Any, tensors: list[Any], ints: list[Any], floats: list[Any]) -> s
 
 
 def _unpacked(
-    text: str, tensors: list[Tensor | None], ints: list[int], floats: list[float]
+    text: str, tensors: list[Tensor], ints: list[int], floats: list[float]
 ) -> tuple[Any, list[Any]]:
     """The Function and its arguments."""
     name, *words = text.split(" ")
@@ -73,8 +77,8 @@ def _unpacked(
                 return
             if word in given:
                 yield next(given[word])  # type: ignore[call-overload]
-            elif word in ("true", "false"):
-                yield word == "true"
+            elif word in CONSTANTS:
+                yield CONSTANTS[word]
             elif word.startswith("s:"):
                 yield word[2:]
             elif word.startswith("d:"):

@@ -20,7 +20,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from pydiffuse._core import dispatch
-from pydiffuse._core.checks import describe, is_integer, plain
+from pydiffuse._core.checks import describe, is_integer, plain, widest
 from pydiffuse.adaln import reference
 from pydiffuse.adaln.apply import call_modulate
 from pydiffuse.adaln.arguments import NORMS, check_modulation, usual_norm
@@ -69,7 +69,8 @@ def gate_residual_modulate(
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """r = residual + gate[row] branch and its modulation, in one pass: what stands between the two
-    halves of a transformer block. The norm sees r before it is rounded.
+    halves of a transformer block. The norm sees r before it is rounded. Under autocast a residual and a
+    branch of two dtypes are taken in the wider one; elsewhere they must be alike.
 
     residual, branch: [..., D], alike. table: [K, 3, D], shift, scale, gate: the gate of the branch that
     ends, the shift and scale of the one that begins. rows, norm, eps, weight, bias: as in `modulate`.
@@ -81,6 +82,7 @@ def gate_residual_modulate(
         y, r = ops.modulate.new(residual, branch, table, rows, NORMS.index(norm), eps)
         if y is not None:
             return r, y
+    residual, branch = widest(residual, branch)
     check_modulation(op, residual, branch, table, rows, norm, eps, weight, bias)
     if out is not None and not (isinstance(out, tuple | list) and len(out) == 2):
         raise TypeError(f"{op}: out is {describe(out)}; accepted: a pair of tensors (r, y)")

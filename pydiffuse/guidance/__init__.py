@@ -2,7 +2,8 @@
 
 Predictions are tensors [B, ...] of float32, bfloat16 or float16, alike in shape, dtype and device.
 Every scale, weight or coefficient is a number or a (B,) tensor with a value per sample, and may
-require a gradient. `original` starts from the conditional prediction instead of the unconditional
+require a gradient. Predictions of several dtypes are an error, but under autocast, where they are taken
+in the widest of them. `original` starts from the conditional prediction instead of the unconditional
 one (diffusers' `use_original_formulation`); `rescale` is the factor of arXiv 2305.08891. `out` is a
 tensor to write to (it may be one of the inputs); it takes no part in autograd.
 
@@ -25,6 +26,7 @@ from pydiffuse._core.checks import (
     check_scalar,
     check_tensors,
     describe,
+    widest,
     writable,
 )
 from pydiffuse._core.functions import differentiable, may_learn
@@ -240,6 +242,7 @@ def gram(preds: Sequence[Tensor], *, sums: bool = False) -> Tensor | tuple[Tenso
     spread = dispatch.over_ranks(*preds)
     if spread:
         return spread.gram(preds, sums)
+    preds = widest(*preds)
     check_tensors("gram", "preds", preds)
     if dispatch.forced_reference():
         return reference.gram(preds, sums=sums)
@@ -256,6 +259,7 @@ def combine(preds: Sequence[Tensor], coefficients: Tensor, *, out: Tensor | None
     spread = dispatch.over_ranks(*preds)
     if spread:
         return spread.combine(preds, coefficients, out)
+    preds = widest(*preds)
     check_tensors("combine", "preds", preds)
     B, k = preds[0].shape[0], len(preds)
     if not isinstance(coefficients, Tensor) or not coefficients.is_floating_point():
@@ -383,6 +387,7 @@ def guide(
             preds, rule, x=x, a=a, b=b, history=history, h=h, noise=noise, s=s, predict=predict,
             original=original, rescale=rescale, out=out, **parameters,
         )  # fmt: skip
+    preds = widest(*preds)
     check_guide(preds, update)
     if dispatch.forced_reference():
         common = {"original": original, "rescale": rescale} if row.common else {}
@@ -412,6 +417,7 @@ def _tcfg_of_many(
     spread = dispatch.over_ranks(*preds)
     if spread:
         return spread.tcfg(conds, uncond, scale, original, rescale, out)
+    *conds, uncond = preds = widest(*preds)
     check_tensors("tcfg", "cond, uncond", preds)
     m = len(conds)
     scales = weights_of("tcfg", scale if isinstance(scale, Sequence) else [scale] * m, m)

@@ -15,6 +15,7 @@ from pydiffuse._core.checks import (
     check_scalar,
     check_tensors,
     describe,
+    widest,
     writable,
     written,
 )
@@ -72,6 +73,7 @@ def value_of(
     spread = dispatch.over_ranks(*preds)
     if spread:
         return spread.value_of(rule, preds, values, original, rescale, out, emit)
+    preds = widest(*preds)
     check_tensors(name, "the predictions", preds)
     if len(preds) not in row.counts:
         raise ValueError(f"{name}: {len(preds)} predictions; accepted: ({', '.join(row.preds)})")
@@ -268,6 +270,7 @@ def superpose_by(
 ) -> tuple[Tensor, Tensor]:
     """`superpose`. inner: what gives the Gram matrix, or None for the reference; mix: `combine`."""
     preds = tuple(sequence("superpose", "preds", preds))
+    *preds, uncond, noise = widest(*preds, uncond, noise)
     extra = tuple(t for t in (uncond, noise) if t is not None)
     check_tensors("superpose", "preds, uncond, noise", (*preds, *extra))
     B, k = preds[0].shape[0], len(preds)

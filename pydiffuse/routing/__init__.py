@@ -31,6 +31,7 @@ from pydiffuse._core.checks import (
     narrowed,
     plain,
     values_hidden,
+    widest,
 )
 from pydiffuse._core.functions import differentiable, needs_function
 from pydiffuse.routing import reference
@@ -108,7 +109,8 @@ def scatter_tokens(
     base: [B, N, D...]. y: [B, keep, D...]. ids: (B, keep) int32 or int64, unique within a sample, in any
     order. gate: a number, or a float tensor that broadcasts to (B, keep). out: a tensor like base to
     write to; base itself leaves its other tokens untouched and halves the work. It takes no part in
-    autograd. Returns [B, N, D...].
+    autograd. Under autocast base and y of two dtypes are taken in the wider one; elsewhere they must
+    be alike. Returns [B, N, D...].
     """
     op = "scatter_tokens"
     ops = dispatch.direct(op, base, y, ids)
@@ -116,6 +118,7 @@ def scatter_tokens(
         tokens = ops.scatter_tokens.new(base, y, ids)
         if tokens is not None:
             return tokens
+    base, y = widest(base, y)
     check_tokens(op, "base", base)
     check_ids(op, ids, base)
     check_tokens(op, "y", y, like=base, count=ids.shape[1])
