@@ -2,8 +2,8 @@
 size; vmap, compiled, too; jacrev at one sample; export with a batch of any size, and the gradients of what it
 gives; jit.trace; autocast; fake tensors; ids that nobody can look at beforehand.
 
-The calls are the cases of the table: all of them where a transform is quick, of every op one where it compiles, mostly
-that with most tensors.
+The calls are the cases of the table: all of them where a transform is quick, of every op the first where it
+compiles, one with many tensors where gradients do, too.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class Call:
 
 ALL = [case for many in cases().values() for case in many if case.op not in DRAWS]
 SLOW = {"tcfg-many"}  # an eigenvector, by operations of torch; tests/test_transforms.py compiles it
-MOST = 8  # tensors: more of them take longer and show no more
+MOST = 6  # tensors: more of them take longer and show no more
 
 
 def rich(many: list[Case]) -> Case:
@@ -100,11 +100,13 @@ def rich(many: list[Case]) -> Case:
     )
 
 
-RICH = [rich(many) for many in cases().values()]
+RICH = [rich(many) for name, many in cases().items() if name not in NO_GRADIENT]
+FIRST = [many[0] for many in cases().values()]
 by_case = pytest.mark.parametrize("case", ALL, ids=lambda case: case.id)
-by_op = pytest.mark.parametrize("case", [many[0] for many in cases().values()], ids=lambda case: case.op)
-LEARNING = [case for case in RICH if case.op not in NO_GRADIENT]
-by_learning_op = pytest.mark.parametrize("case", LEARNING, ids=lambda case: case.op)
+by_op = pytest.mark.parametrize("case", FIRST, ids=lambda case: case.op)
+by_op_of_tensors = pytest.mark.parametrize(
+    "case", [case for case in FIRST if case.op not in DRAWS], ids=lambda case: case.op
+)
 
 
 def total(results) -> torch.Tensor:
@@ -158,7 +160,7 @@ def test_compile(case):
     run_sizes(case, None, False)
 
 
-@by_learning_op
+@pytest.mark.parametrize("case", RICH, ids=lambda case: case.id)
 def test_compile_dynamic_with_gradients(case):
     run_sizes(case, True, True)
 
@@ -180,9 +182,7 @@ def test_vmap_of_one_sample(case):
     check_vmap(call, torch.func.vmap(call))
 
 
-@pytest.mark.parametrize(
-    "case", [case for case in RICH if case.op not in DRAWS], ids=lambda case: case.op
-)
+@by_op_of_tensors
 def test_compiled_vmap(case):
     call = Call(case)
     check_vmap(call, compiled(torch.func.vmap(call)))
@@ -206,9 +206,7 @@ def test_jacrev_of_one_sample(case):
 
 
 @pytest.mark.parametrize(
-    "case",
-    [many[0] for name, many in cases().items() if name not in NO_GRADIENT],
-    ids=lambda case: case.op,
+    "case", [case for case in FIRST if case.op not in NO_GRADIENT], ids=lambda case: case.op
 )
 def test_func_grad_under_compile(case):
     """The gradients of eager func.grad."""
@@ -237,9 +235,7 @@ def exported(call: Call, other: Call):
     return torch.export.export(Module(call), tuple(call.inputs(False)), dynamic_shapes=(sizes,))
 
 
-@pytest.mark.parametrize(
-    "case", [case for case in RICH if case.op not in DRAWS], ids=lambda case: case.op
-)
+@by_op_of_tensors
 def test_export_with_any_batch(case):
     call, other = (
         Call(case),
