@@ -352,6 +352,19 @@ def test_a_block_written_the_usual_way_runs_under_autocast():
         pd.scatter_tokens(x, x[:, :3].bfloat16(), ids)
 
 
+def test_the_op_of_traced_graphs():
+    """opcheck; and forward mode through an exported graph, which no kernel has, is an error."""
+    x = torch.randn(2, 3, 4, requires_grad=True)
+    ids = torch.tensor([[2, 0], [1, 2]], dtype=torch.int32)
+    arguments = ("routing.Gather s:gather_tokens t t none", [x, ids], [], [])
+    torch.library.opcheck(torch.ops.pydiffuse.call.default, arguments)
+    call = Call(cases()["gather_tokens"][0])
+    graph = torch.export.export(Module(call), tuple(call.inputs(False))).module()
+    x, ids = call.inputs(False)
+    with pytest.raises(NotImplementedError, match="jvp"):
+        torch.func.jvp(lambda x: graph(x, ids), (x,), (torch.ones_like(x),))
+
+
 @by_case
 def test_fake_tensors_have_shapes_and_strides(case):
     call = Call(case)
