@@ -1,6 +1,6 @@
 """Every op of the table within every transform of torch: torch.compile with and without gradients, at a second
 size; vmap, compiled, too; jacrev at one sample; export with a batch of any size, and the gradients of what it
-gives; jit.trace; autocast; fake tensors; ids that nobody can look at beforehand.
+gives; jit.trace; make_fx; autocast; fake tensors; ids that nobody can look at beforehand.
 
 The calls are the cases of the table: all of them where a transform is quick, of every op the first where it
 compiles, one with many tensors where gradients do, too.
@@ -13,6 +13,7 @@ import importlib
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import pydiffuse as pd
@@ -264,6 +265,28 @@ def test_parameters_learn_through_an_exported_module():
         torch.testing.assert_close(found[name], p.grad)
 
 
+@by_op_of_tensors
+def test_vmap_of_each_tensor_alone(case):
+    """Mapped over its last dimension, the others shared."""
+    call = Call(case)
+    if case.op == "selective_state_update":
+        return  # a state that is shared cannot be written for each
+    for i, t in enumerate(call.tensors):
+        many = torch.stack([t, 0.5 * t if t.is_floating_point() else t], -1)
+        dims = tuple(-1 if j == i else None for j in range(len(call.tensors)))
+        given = [[many[..., k] if j == i else u for j, u in enumerate(call.tensors)] for k in range(2)]
+        expected = [torch.stack(each) for each in zip(*(call(*one) for one in given), strict=True)]
+        found = torch.func.vmap(call, dims)(*(many if j == i else u for j, u in enumerate(call.tensors)))
+        assert_same(found, expected)
+
+
+@by_op_of_tensors
+def test_make_fx(case):
+    call = Call(case)
+    graph = make_fx(lambda *tensors: call(*tensors))(*call.inputs(False))
+    assert_same(graph(*call.inputs(False)), call(*call.inputs(False)))
+
+
 @by_case
 def test_jit_trace(case):
     """At another batch than that of the trace, too, but for those whose sizes are constants."""
@@ -327,6 +350,19 @@ def test_a_block_written_the_usual_way_runs_under_autocast():
         pd.gate_residual_modulate(x, x.bfloat16(), table, rows)
     with pytest.raises(TypeError, match="as base is"):
         pd.scatter_tokens(x, x[:, :3].bfloat16(), ids)
+
+
+def test_the_op_of_traced_graphs():
+    """opcheck; and forward mode through an exported graph, which no kernel has, is an error."""
+    x = torch.randn(2, 3, 4, requires_grad=True)
+    ids = torch.tensor([[2, 0], [1, 2]], dtype=torch.int32)
+    arguments = ("routing.Gather s:gather_tokens t t none", [x, ids], [], [])
+    torch.library.opcheck(torch.ops.pydiffuse.call.default, arguments)
+    call = Call(cases()["gather_tokens"][0])
+    graph = torch.export.export(Module(call), tuple(call.inputs(False))).module()
+    x, ids = call.inputs(False)
+    with pytest.raises(NotImplementedError, match="jvp"):
+        torch.func.jvp(lambda x: graph(x, ids), (x,), (torch.ones_like(x),))
 
 
 @by_case

@@ -21,6 +21,7 @@ from pydiffuse._core.words import check_flag as check_flag
 from pydiffuse._core.words import describe as describe
 from pydiffuse._core.words import plain as plain
 
+PROXY = torch._C._TorchDispatchModeKey.PROXY
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -253,6 +254,8 @@ def values_hidden(t: Tensor) -> bool:
 def without_values(t: Tensor) -> bool:
     """Whether t is a symbol of a trace, fake, or mapped by vmap."""
     if torch.compiler.is_compiling() or t.is_meta:
+        return True
+    if torch._C._len_torch_dispatch_stack() and torch._C._get_dispatch_mode(PROXY):  # of make_fx
         return True
     if t.__class__ in (Tensor, Parameter) and not torch._C._are_functorch_transforms_active():
         return False

@@ -147,7 +147,7 @@ def vmap_batches(
     calls = []
     for i in range(size):
         one = [
-            t if dim is None or not isinstance(t, Tensor) else t.select(dim, i)
+            t if dim is None or not isinstance(t, Tensor) else t.select(dim, i).contiguous()
             for dim, t in zip(in_dims, args, strict=True)
         ]
         calls.append(apply(*one))

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch.autograd import forward_ad
 
 from pydiffuse._core.dispatch import _libraries
 
@@ -95,9 +96,15 @@ def _forward(*given: Any) -> list[Tensor]:
     return list(function.forward(*args))
 
 
+def _tangent(t: Tensor) -> bool:
+    return forward_ad.unpack_dual(t).tangent is not None
+
+
 def _autograd(*given: Any) -> list[Tensor]:
     function, args = _unpacked(*given)
-    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args):
+    tensors = given[1]
+    learns = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    if learns or (forward_ad._current_level >= 0 and any(map(_tangent, tensors))):
         with enable_single_level_autograd_function():
             return list(_at_one_level(function).apply(given, *args))
     with torch._C._AutoDispatchBelowAutograd():
