@@ -15,7 +15,7 @@ import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import pydiffuse
-from tests.cases import guidance
+from tests.cases import conv, guidance, scan
 from tests.helpers import doubled, leaves, relative_error, values_and_gradients
 
 jax = pytest.importorskip("jax", reason="jax is not installed (extra: jax)")
@@ -23,9 +23,14 @@ pytest.importorskip("pydiffuse._jax", reason="pydiffuse was built without jax")
 jnp = jax.numpy
 ROOT = Path(__file__).parent.parent
 import pydiffuse.jax as pj  # noqa: E402
-from pydiffuse import _jax  # noqa: E402
+from pydiffuse import _jax, paths  # noqa: E402
 
-FAMILIES = {"guidance": (guidance, guidance.Maker, guidance.SHAPES)}
+FAMILIES = {
+    "guidance": (guidance, guidance.Maker, guidance.SHAPES),
+    "scan": (scan, scan.ScanMaker, scan.SIZES),
+    "bld": (scan, partial(scan.ScanMaker, layout="bld"), scan.SIZES),
+    "conv": (conv, scan.ScanMaker, scan.SIZES),
+}
 CASES = [
     (stem, case) for stem, (cases, *_) in FAMILIES.items() for case in cases.CASES if hasattr(pj, case.op)
 ]
@@ -42,6 +47,10 @@ def quick(request):
     jax.config.update("jax_disable_most_optimizations", quickly)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+def tolerances(family):
+    return getattr(family, "TOLERANCE", scan.TOLERANCE)
 
 
 def to_jax(t):
@@ -111,7 +120,7 @@ def test_values_and_gradients(stem, case):
     given = case.make(make(shapes["odd"], torch.float32))
     right, slopes = values_and_gradients(case, doubled(given), "reference")
     right = [r for r in right if r.is_floating_point()]
-    tolerance, looser = family.TOLERANCE[torch.float32], INVERTED.get(case.id, 0)
+    tolerance, looser = tolerances(family)[torch.float32], INVERTED.get(case.id, 0)
     values, grads = with_gradients(getattr(pj, case.op), given)
     for found, expected in zip(values, right, strict=True):
         assert relative_error(to_torch(found), expected) <= max(looser, tolerance.value)
@@ -141,7 +150,7 @@ def test_shapes_and_dtypes_have_the_bits_of_torch(op):
             for a, t in zip(found, expected, strict=True):
                 assert a.shape == tuple(t.shape)
                 if op in ROUNDED:
-                    assert relative_error(to_torch(a), t) <= max(1e-5, family.TOLERANCE[dtype].value)
+                    assert relative_error(to_torch(a), t) <= max(1e-5, tolerances(family)[dtype].value)
                 else:
                     assert a.dtype.name == str(t.dtype).removeprefix("torch.")
                     assert np.array_equal(np.asarray(a), np.asarray(to_jax(t)), equal_nan=True)
@@ -162,6 +171,30 @@ def test_vmap_folds_into_the_batch():
             np.testing.assert_allclose(many[i], one, rtol=1e-5, atol=1e-6)
     summed = jax.jit(jax.grad(lambda u: jax.vmap(loss, (0, None, 0, 0))(c, u, w, x).sum()))(u[0])
     np.testing.assert_allclose(summed, grads[1].sum(0), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("mapped", ["tokens", "parameters", "both"])
+def test_vmap_of_tokens_and_parameters(mapped):
+    u, delta, z = normal(3, 3, 2, 6, 9)
+    B, C = normal(2, 3, 2, 4, 9)
+    A, D, w = -jnp.exp(normal(3, 6, 4)), normal(3, 6), normal(3, 6, 4)
+    path = paths.zigzag((3, 3), 1)
+
+    def loss(u, delta, A, B, C, D, z, w):
+        x = pj.causal_conv1d(u, w, activation="silu", path=path)
+        y, last = pj.selective_scan(x, delta, A, B, C, D, z, None, True, True, path=path)
+        return (y**2).sum() + last.sum()
+
+    over = [int(mapped != ("parameters" if i in (0, 1, 3, 4, 6) else "tokens")) for i in range(8)]
+    given = [a if m else a[0] for a, m in zip((u, delta, A, B, C, D, z, w), over, strict=True)]
+    run = jax.value_and_grad(loss, tuple(range(8)))
+    values, grads = jax.jit(jax.vmap(run, [0 if m else None for m in over]))(*given)
+    alone = jax.jit(run)
+    for i in range(3):
+        value, slopes = alone(*(a[i] if m else a for a, m in zip(given, over, strict=True)))
+        np.testing.assert_allclose(values[i], value, rtol=1e-5)
+        for many, one in zip(grads, slopes, strict=True):
+            np.testing.assert_allclose(many[i], one, rtol=1e-4, atol=1e-5)
 
 
 def test_a_sampler_in_scan_writes_in_place():
@@ -232,6 +265,11 @@ def test_no_copies_in_or_out():
 
 def test_wrong_arguments_are_named():
     c, u = normal(2, 2, 3)
+    x, A, B = normal(2, 6, 9), -jnp.ones((6, 4)), normal(2, 4, 9)
+
+    def scanned(delta=x, A=A, B=B, **options):
+        return pj.selective_scan(x, delta, A, B, B, **options)
+
     wrong = {
         "cfg: the predictions is 'c'; accepted: float32": lambda: pj.cfg("c", u, 1.0),
         "cfg: the predictions is a int32 array": lambda: pj.cfg(c.astype(int), u, 1.0),
@@ -251,6 +289,22 @@ def test_wrong_arguments_are_named():
         "guide: h needs history": lambda: pj.guide([c, u], "cfg", x=c, h=1.0, scale=1.0),
         "guide: preds[0], x have shapes": lambda: pj.guide([c, u], "cfg", x=c[:1], scale=1.0),
         "superpose: unknown kind": lambda: pj.superpose([c, u], jnp.zeros(2), 0.1, kind="xor"),
+        "selective_scan: A is a float32 array (6,); accepted: (D, N), here (6, any)": lambda: scanned(
+            A=A[:, 0]
+        ),
+        "selective_scan: A is a bfloat16 array": lambda: scanned(A=A.astype(jnp.bfloat16)),
+        "selective_scan: delta is a float32 array (2, 6, 8)": lambda: scanned(delta=x[..., 1:]),
+        "selective_scan: B and C have [4] groups": lambda: scanned(B=jnp.ones((2, 4, 4, 9))),
+        "selective_scan: path is traced": lambda: jax.jit(lambda p: scanned(path=p))(jnp.arange(9)),
+        "selective_scan: path is no permutation": lambda: scanned(path=[0] * 9),
+        "selective_scan: cu_seqlens is [0, 3]": lambda: scanned(cu_seqlens=[0, 3]),
+        "selective_scan: delta_softplus is 1": lambda: scanned(delta_softplus=1),
+        "causal_conv1d: weight has width 9": lambda: pj.causal_conv1d(x, jnp.ones((6, 9))),
+        "causal_conv1d: activation is 'relu'": lambda: pj.causal_conv1d(x, A, activation="relu"),
+        "causal_conv1d: layout is 'x'": lambda: pj.causal_conv1d(x, A, layout="x"),
+        "causal_conv1d: its gradient has no derivative": lambda: jax.grad(
+            lambda x: jax.grad(lambda x: pj.causal_conv1d(x, A).sum())(x).sum()
+        )(x),
         "tcfg: its gradient has no derivative": lambda: jax.grad(
             lambda c: jax.grad(lambda c: pj.tcfg(c, u, 2.0).sum())(c).sum()
         )(c),

@@ -80,13 +80,18 @@ class Call {
   const ffi::Dictionary& attributes_;
 };
 
+template <class T>
+constexpr ffi::DataType type_of() {
+  using Plain = std::remove_const_t<T>;
+  return std::is_same_v<Plain, int32_t>  ? ffi::DataType::S32
+         : std::is_same_v<Plain, double> ? ffi::DataType::F64
+                                         : ffi::DataType::F32;
+}
+
 // The memory of `count` elements of T.
 template <class T>
 T* plane(const Buffer& b, int64_t count) {
-  constexpr auto type = std::is_same_v<std::remove_const_t<T>, int32_t>  ? ffi::DataType::S32
-                        : std::is_same_v<std::remove_const_t<T>, double> ? ffi::DataType::F64
-                                                                         : ffi::DataType::F32;
-  require(b.type == type, "an array has the wrong dtype");
+  require(b.type == type_of<T>(), "an array has the wrong dtype");
   require(b.count == count, "an array has the wrong shape");
   return static_cast<T*>(b.data);
 }
@@ -147,6 +152,8 @@ XLA_FFI_Error* handler(XLA_FFI_CallFrame* frame) {
 }
 
 // Each family's handlers.
+std::vector<Handler> conv_handlers();
 std::vector<Handler> guidance_handlers();
+std::vector<Handler> scan_handlers();
 
 }  // namespace pydiffuse

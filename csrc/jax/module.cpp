@@ -31,7 +31,7 @@ std::vector<Buffer> buffers(const List& list) {
     const auto dims = b.dimensions();
     found[i] = {b.untyped_data(),
                 b.element_type(),
-                {dims.begin(), dims.end()},
+                {dims.begin(), dims.size()},
                 static_cast<int64_t>(b.element_count())};
   }
   return found;
@@ -88,7 +88,7 @@ using namespace pydiffuse;
 PYBIND11_MODULE(_jax, m) {
   m.doc() = "The CPU kernels of pydiffuse for XLA; pydiffuse.jax is their public face.";
   py::dict handlers;
-  for (const auto& family : {guidance_handlers()})
+  for (const auto& family : {conv_handlers(), guidance_handlers(), scan_handlers()})
     for (const Handler& h : family)
       handlers[h.name] = py::capsule(reinterpret_cast<void*>(h.handler));
   m.attr("handlers") = handlers;

@@ -8,6 +8,7 @@ written in jax.numpy.
 """
 
 from pydiffuse.jax import reference
+from pydiffuse.jax.conv import causal_conv1d
 from pydiffuse.jax.guidance import (
     apg,
     cfg,
@@ -23,9 +24,11 @@ from pydiffuse.jax.guidance import (
     superpose,
     tcfg,
 )
+from pydiffuse.jax.scan import selective_scan
 
 __all__ = [
     "apg",
+    "causal_conv1d",
     "cfg",
     "cfg_zero",
     "combine",
@@ -36,6 +39,7 @@ __all__ = [
     "perp_neg",
     "reference",
     "rescale",
+    "selective_scan",
     "slerp",
     "superpose",
     "tcfg",

@@ -34,7 +34,7 @@ def wide() -> Any:
     return jnp.float64 if jax.config.read("jax_enable_x64") else jnp.float32
 
 
-def like(a: Array, dtype: Any = None) -> Like:
+def like(a: Any, dtype: Any = None) -> Like:
     return Like(a.shape, a.dtype if dtype is None else dtype)
 
 
@@ -92,3 +92,8 @@ def columns(op: str, weights: Any, count: int) -> tuple[Any, ...]:
             f"{op}: weights is {given}; accepted: {count} numbers or (B,) arrays, or (B, {count})"
         )
     return tuple(weights)
+
+
+def no_second(form: Any, *arrays: Any, more: str = "") -> Any:
+    """The forward rule of a backward, which has no derivative. form: has the op's name."""
+    raise NotImplementedError(f"{form.op}: its gradient has no derivative; differentiate once{more}")

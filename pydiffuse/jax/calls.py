@@ -35,11 +35,13 @@ def call(
     results: Sequence[Like],
     arrays: Sequence[Array],
     aliases: Mapping[int, int] | None = None,
+    vmap: str = "expand_dims",
     **attributes: Any,
 ) -> list[Array]:
     """The results of a handler. aliases: inputs that give their memory to a result.
 
-    Under vmap every array has one more dimension in front; handlers take those for a part of the batch.
+    Under vmap every array has one more dimension in front, of size 1 where it is not mapped; if `vmap` is
+    "broadcast_all" it is repeated instead, and a handler takes the dimension for a part of the batch.
     """
     axes = _axes(arrays[0])
     if axes and axes.varying:
@@ -48,7 +50,7 @@ def call(
     found = jax.ffi.ffi_call(
         f"pydiffuse_{name}",
         tuple(results),
-        vmap_method="broadcast_all",
+        vmap_method=vmap,
         input_output_aliases=dict(aliases) if aliases else None,
     )(*arrays, **{k: v for k, v in ((k, _attribute(v)) for k, v in attributes.items()) if v is not None})
     return list(found)

@@ -16,9 +16,11 @@ import jax.numpy as jnp
 from jax import Array
 
 from pydiffuse._core.rules import COMMON, EMIT_PREDICT, EMIT_STATE, EMIT_UPDATE, RULES, UPDATE
-from pydiffuse.jax.arrays import like, wide
-from pydiffuse.jax.calls import Like, alike, call
+from pydiffuse.jax.arrays import like, no_second, wide
+from pydiffuse.jax.calls import Like, alike
+from pydiffuse.jax.calls import call as call_handler
 
+call = partial(call_handler, vmap="broadcast_all")
 A, B, H, S, P, Q = range(len(UPDATE))
 MOMENTUM = len(UPDATE) + len(COMMON) + RULES["apg"].parameters.index("momentum")
 
@@ -209,10 +211,6 @@ def guide_backward(rule: Rule, varied: Array | None, grad: Array, *preds: Array)
     return tuple(call("guide_backward", results, arrays, **_shared(rule, preds)))
 
 
-def _no_second(rule: Rule, *arrays: Any) -> Any:
-    raise NotImplementedError(
-        f"{rule.op}: its gradient has no derivative; differentiate once, or write it with gram and combine"
-    )
-
-
-guide_backward.defvjp(_no_second, lambda rule, saved, grads: ())
+guide_backward.defvjp(
+    partial(no_second, more=", or write it with gram and combine"), lambda rule, saved, grads: ()
+)

@@ -1,5 +1,6 @@
 """The definition of every op in jax.numpy: same names and arguments as pydiffuse.jax, on any device."""
 
+from pydiffuse.jax.reference.conv import causal_conv1d
 from pydiffuse.jax.reference.guidance import (
     apg,
     cfg,
@@ -15,9 +16,11 @@ from pydiffuse.jax.reference.guidance import (
     superpose,
     tcfg,
 )
+from pydiffuse.jax.reference.scan import selective_scan
 
 __all__ = [
     "apg",
+    "causal_conv1d",
     "cfg",
     "cfg_zero",
     "combine",
@@ -27,6 +30,7 @@ __all__ = [
     "magnitude_aware",
     "perp_neg",
     "rescale",
+    "selective_scan",
     "slerp",
     "superpose",
     "tcfg",
