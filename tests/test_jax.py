@@ -15,7 +15,7 @@ import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import pydiffuse
-from tests.cases import conv, guidance, scan
+from tests.cases import adaln, attention, conv, guidance, patch, routing, scan
 from tests.helpers import doubled, leaves, relative_error, values_and_gradients
 
 jax = pytest.importorskip("jax", reason="jax is not installed (extra: jax)")
@@ -23,16 +23,28 @@ pytest.importorskip("pydiffuse._jax", reason="pydiffuse was built without jax")
 jnp = jax.numpy
 ROOT = Path(__file__).parent.parent
 import pydiffuse.jax as pj  # noqa: E402
-from pydiffuse import _jax, paths  # noqa: E402
+from pydiffuse import _jax, paths, plans  # noqa: E402
 
+ATTENTION = {"odd": (2, 4, 2, 24), "equal": (1, 3, 3, 64), "empty": (0, 2, 1, 8)}
 FAMILIES = {
     "guidance": (guidance, guidance.Maker, guidance.SHAPES),
     "scan": (scan, scan.ScanMaker, scan.SIZES),
     "bld": (scan, partial(scan.ScanMaker, layout="bld"), scan.SIZES),
     "conv": (conv, scan.ScanMaker, scan.SIZES),
+    "attention": (
+        attention,
+        lambda size, dtype: attention.Maker(attention.Size(*size), dtype),
+        ATTENTION,
+    ),
+    "adaln": (adaln, adaln.Maker, adaln.SHAPES),
+    "routing": (routing, routing.Maker, routing.SHAPES),
+    "patch": (patch, lambda shape, dtype: patch.Maker(*shape, dtype), patch.SHAPES),
 }
 CASES = [
-    (stem, case) for stem, (cases, *_) in FAMILIES.items() for case in cases.CASES if hasattr(pj, case.op)
+    (stem, case)
+    for stem, (cases, *_) in FAMILIES.items()
+    for case in cases.CASES
+    if hasattr(pj, case.op) and case.op != "route"
 ]
 ROUNDED = {"gram"}
 """Float64 in torch."""
@@ -65,10 +77,29 @@ def to_torch(a):
     return torch.from_numpy(np.asarray(a, np.float64 if jnp.issubdtype(a.dtype, jnp.floating) else None))
 
 
-def split(given):
+def wanted(stem, maker):
+    """Which tensors have a gradient: no levels, no scales of attention."""
+    if stem == "patch":
+        return lambda t: t.shape == maker.shape
+    return lambda t: stem != "attention" or t.dim() == 4
+
+
+def error(found, expected, **least):
+    """With infinities of lse in the same places."""
+    found, expected = to_torch(found), expected.detach()
+    assert torch.equal(found == -torch.inf, expected == -torch.inf)
+    found, expected = (t.masked_fill(t == -torch.inf, 0) for t in (found, expected))
+    return relative_error(found, expected, **least)
+
+
+def split(given, wants=lambda t: True):
     """The float arrays among arguments, and what makes the arguments of such arrays."""
     leaves, form = tree_flatten(given)
-    at = [i for i, t in enumerate(leaves) if isinstance(t, torch.Tensor) and t.is_floating_point()]
+    at = [
+        i
+        for i, t in enumerate(leaves)
+        if isinstance(t, torch.Tensor) and t.is_floating_point() and wants(t)
+    ]
     rest = [to_jax(t) for t in leaves]
 
     def joined(arrays):
@@ -101,8 +132,8 @@ def normal(*shape):
     return jnp.asarray(np.random.default_rng(0).standard_normal(shape, np.float32))
 
 
-def with_gradients(function, given):
-    arrays, joined = split(given)
+def with_gradients(function, given, wants):
+    arrays, joined = split(given, wants)
     f = call(function, joined)
     weights = weights_of(jax.eval_shape(f, *arrays))
 
@@ -117,19 +148,20 @@ def with_gradients(function, given):
 @pytest.mark.parametrize(("stem", "case"), CASES, ids=lambda v: getattr(v, "id", v))
 def test_values_and_gradients(stem, case):
     family, make, shapes = FAMILIES[stem]
-    given = case.make(make(shapes["odd"], torch.float32))
-    right, slopes = values_and_gradients(case, doubled(given), "reference")
+    maker = make(next(iter(shapes.values())), torch.float32)
+    given, wants = case.make(maker), wanted(stem, maker)
+    right, slopes = values_and_gradients(case, doubled(given), "reference", wants=wants)
     right = [r for r in right if r.is_floating_point()]
     tolerance, looser = tolerances(family)[torch.float32], INVERTED.get(case.id, 0)
-    values, grads = with_gradients(getattr(pj, case.op), given)
+    values, grads = with_gradients(getattr(pj, case.op), given, wants)
     for found, expected in zip(values, right, strict=True):
-        assert relative_error(to_torch(found), expected) <= max(looser, tolerance.value)
+        assert error(found, expected) <= max(looser, tolerance.value)
     for found, expected in zip(grads, slopes, strict=True):
-        assert relative_error(to_torch(found), expected, least=1e-6) <= max(looser, 3 * tolerance.grad)
+        assert error(found, expected, least=1e-6) <= max(looser, 3 * tolerance.grad)
     arrays, joined = split(given)
     defined = jax.jit(call(getattr(pj.reference, case.op), joined))(*arrays)
     for found, expected in zip(defined, right, strict=True):
-        assert relative_error(to_torch(found), expected) <= max(looser, 1e-5)
+        assert error(found, expected) <= max(looser, 1e-5)
 
 
 BY_OP = {case.op: (stem, case) for stem, case in reversed(CASES) if case.op != "superpose"}
@@ -139,8 +171,8 @@ BY_OP = {case.op: (stem, case) for stem, case in reversed(CASES) if case.op != "
 def test_shapes_and_dtypes_have_the_bits_of_torch(op):
     stem, case = BY_OP[op]
     family, make, shapes = FAMILIES[stem]
-    for name, shape in shapes.items():
-        for dtype in [torch.float32, torch.bfloat16, torch.float16] if name == "odd" else [torch.float32]:
+    for i, shape in enumerate(shapes.values()):
+        for dtype in [torch.float32] if i else [torch.float32, torch.bfloat16, torch.float16]:
             given = case.make(make(shape, dtype))
             arrays, joined = split(given)
             found = call(getattr(pj, op), joined)(*arrays)
@@ -150,7 +182,7 @@ def test_shapes_and_dtypes_have_the_bits_of_torch(op):
             for a, t in zip(found, expected, strict=True):
                 assert a.shape == tuple(t.shape)
                 if op in ROUNDED:
-                    assert relative_error(to_torch(a), t) <= max(1e-5, tolerances(family)[dtype].value)
+                    assert error(a, t) <= max(1e-5, tolerances(family)[dtype].value)
                 else:
                     assert a.dtype.name == str(t.dtype).removeprefix("torch.")
                     assert np.array_equal(np.asarray(a), np.asarray(to_jax(t)), equal_nan=True)
@@ -195,6 +227,76 @@ def test_vmap_of_tokens_and_parameters(mapped):
         np.testing.assert_allclose(values[i], value, rtol=1e-5)
         for many, one in zip(grads, slopes, strict=True):
             np.testing.assert_allclose(many[i], one, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_vmap_of_the_other_families(shared):
+    """What every sample has for itself, or what all of them share."""
+    x, y, q = normal(3, 2, 8, 16), normal(3, 2, 4, 16), normal(3, 1, 2, 6, 8)
+    table, image = normal(3, 3, 2, 16), normal(3, 1, 2, 4, 4)
+    ids = jnp.array([[[0, 2, 4, 7], [1, 3, 5, 6]]] * 3)[:, :, ::-1]
+    t = jnp.linspace(0.1, 0.9, 12).reshape(3, 1, 4)
+    rows = jnp.arange(48).reshape(3, 2, 8) % 3
+    plan = plans.frames(3, 2, 1)
+
+    def loss(x, y, q, image, table, ids, t, rows):
+        z = pj.scatter_tokens(x, 2 * y + pj.gather_tokens(x, ids), ids, 0.3)
+        z = pj.modulate(z, table, rows)
+        o, lse = pj.tile_attention(q, 2 * q, q, plan, return_lse=True)
+        x_t, goal = pj.noise_patches(image, t, 2, noise=image[..., ::-1])
+        new, _ = pj.patch_step(x_t, goal, t, 1.0, 2, mask=pj.select_patches(t, 2, as_mask=True))
+        return (z**2).sum() + (o**2).sum() + lse.sum() + (new * x_t).sum()
+
+    given = [x, y, q, image, table, ids, t, rows]
+    given = [a[0] if shared and i > 3 else a for i, a in enumerate(given)]
+    axes = [None if shared and i > 3 else 0 for i in range(8)]
+    run = jax.value_and_grad(loss, tuple(range(5)))
+    values, grads = jax.jit(jax.vmap(run, axes))(*given)
+    alone = jax.jit(run)
+    for i in range(3):
+        value, slopes = alone(*(a if axis is None else a[i] for a, axis in zip(given, axes, strict=True)))
+        np.testing.assert_allclose(values[i], value, rtol=1e-5)
+        for many, one in zip(grads, slopes, strict=True):
+            np.testing.assert_allclose(many[i], one, rtol=1e-4, atol=1e-5)
+
+
+def test_integers_are_those_of_the_reference():
+    score = normal(3, 9).at[1, 4].set(jnp.nan).at[2].set(0)
+    for given in ({}, {"as_mask": True}):
+        found, expected = (m.select_patches(score, 4, **given) for m in (pj, pj.reference))
+        jax.tree.map(np.testing.assert_array_equal, found, expected)
+    found = jax.vmap(lambda s: pj.select_patches(s, 2))(jnp.stack([score, -score]))
+    np.testing.assert_array_equal(found[0][1], pj.select_patches(-score, 2)[0])
+    ids = pj.route(4, 10, 0.5, key=jax.random.key(0))
+    assert ids.shape == (4, 5) and (jnp.diff(ids) > 0).all() and ids.max() < 10
+
+
+def test_scatter_in_place():
+    base, y = normal(2, 6, 8), normal(2, 3, 8)
+    ids = jnp.array([[0, 2, 4], [5, 1, 3]])
+    expected = pj.reference.scatter_tokens(base, y, ids)
+    run = jax.jit(partial(pj.scatter_tokens, donate_base=True), donate_argnums=0)
+    here = base.unsafe_buffer_pointer()
+    out = run(base, y, ids)
+    np.testing.assert_array_equal(out, expected)
+    assert out.unsafe_buffer_pointer() == here
+
+
+@pytest.mark.parametrize(
+    ("words", "attempt"),
+    [
+        ("ids holds 6; accepted: 0 to 5", lambda x: pj.gather_tokens(x, jnp.array([[6], [0]]))),
+        ("ids holds 1 twice in sample 0", lambda x: pj.gather_tokens(x, jnp.array([[1, 1], [0, 1]]))),
+        (
+            "rows holds -1; accepted: 0 to 1",
+            lambda x: pj.modulate(x, jnp.ones((2, 2, 8)), -jnp.ones((2, 6), int)),
+        ),
+        ("t holds a value outside", lambda x: pj.noise_patches(x, jnp.full(2, 1.5), noise=x)),
+    ],
+)
+def test_wrong_values_are_named_where_they_are_met(words, attempt):
+    with pytest.raises(Exception, match=words):
+        jax.block_until_ready(jax.jit(attempt)(jnp.ones((2, 6, 8))))
 
 
 def test_a_sampler_in_scan_writes_in_place():
@@ -266,6 +368,7 @@ def test_no_copies_in_or_out():
 def test_wrong_arguments_are_named():
     c, u = normal(2, 2, 3)
     x, A, B = normal(2, 6, 9), -jnp.ones((6, 4)), normal(2, 4, 9)
+    q, plan, table = normal(1, 2, 6, 8), plans.frames(3, 2, 1), jnp.ones((2, 2, 9))
 
     def scanned(delta=x, A=A, B=B, **options):
         return pj.selective_scan(x, delta, A, B, B, **options)
@@ -305,6 +408,29 @@ def test_wrong_arguments_are_named():
         "causal_conv1d: its gradient has no derivative": lambda: jax.grad(
             lambda x: jax.grad(lambda x: pj.causal_conv1d(x, A).sum())(x).sum()
         )(x),
+        "tile_attention: scale takes no gradient": lambda: jax.grad(
+            lambda s: pj.tile_attention(q, q, q, plan, scale=s).sum()
+        )(1.0),
+        "patch_step: t takes no gradient": lambda: jax.grad(
+            lambda t: pj.patch_step(q, q, t, 1.0)[0].sum()
+        )(0.5),
+        "tile_attention: head_dim 9 is not": lambda: pj.tile_attention(
+            *[q[..., :1].repeat(9, -1)] * 3, plan
+        ),
+        "tile_attention: q has 6 tokens": lambda: pj.tile_attention(q, q, q, plans.causal(7)),
+        "tile_attention: k is a bfloat16": lambda: pj.tile_attention(q, q.astype(jnp.bfloat16), q, plan),
+        "tile_attention: plan is a dict": lambda: pj.tile_attention(q, q, q, {}),
+        "modulate: table is": lambda: pj.modulate(x, x, jnp.zeros((2, 6), int)),
+        "modulate: norm is 'batch'": lambda: pj.modulate(x, table, jnp.zeros((2, 6), int), norm="batch"),
+        "modulate: rows has shape (5,)": lambda: pj.modulate(x, table, jnp.zeros(5, int)),
+        "modulate: rows is a float32": lambda: pj.modulate(x, table, jnp.zeros(6)),
+        "scatter_tokens: y is": lambda: pj.scatter_tokens(x, x, jnp.zeros((2, 3), int)),
+        "gather_tokens: ids has shape (3,)": lambda: pj.gather_tokens(x, jnp.zeros(3, int)),
+        "noise_patches: neither noise nor key": lambda: pj.noise_patches(q, 0.5),
+        "noise_patches: patch_size (5, 5) does not": lambda: pj.noise_patches(q, 0.5, 5),
+        "noise_patches: t has shape (3,)": lambda: pj.noise_patches(q, jnp.ones(3), noise=q),
+        "patch_step: scale was given without": lambda: pj.patch_step(q, q, 0.5, 1.0, scale=2.0),
+        "select_patches: k is 10; accepted": lambda: pj.select_patches(x[0], 10),
         "tcfg: its gradient has no derivative": lambda: jax.grad(
             lambda c: jax.grad(lambda c: pj.tcfg(c, u, 2.0).sum())(c).sum()
         )(c),

@@ -152,8 +152,12 @@ XLA_FFI_Error* handler(XLA_FFI_CallFrame* frame) {
 }
 
 // Each family's handlers.
+std::vector<Handler> adaln_handlers();
+std::vector<Handler> attention_handlers();
 std::vector<Handler> conv_handlers();
 std::vector<Handler> guidance_handlers();
+std::vector<Handler> patch_handlers();
+std::vector<Handler> routing_handlers();
 std::vector<Handler> scan_handlers();
 
 }  // namespace pydiffuse

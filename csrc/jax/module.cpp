@@ -88,7 +88,9 @@ using namespace pydiffuse;
 PYBIND11_MODULE(_jax, m) {
   m.doc() = "The CPU kernels of pydiffuse for XLA; pydiffuse.jax is their public face.";
   py::dict handlers;
-  for (const auto& family : {conv_handlers(), guidance_handlers(), scan_handlers()})
+  for (const auto& family :
+       {adaln_handlers(), attention_handlers(), conv_handlers(), guidance_handlers(),
+        patch_handlers(), routing_handlers(), scan_handlers()})
     for (const Handler& h : family)
       handlers[h.name] = py::capsule(reinterpret_cast<void*>(h.handler));
   m.attr("handlers") = handlers;

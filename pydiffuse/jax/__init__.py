@@ -8,6 +8,8 @@ written in jax.numpy.
 """
 
 from pydiffuse.jax import reference
+from pydiffuse.jax.adaln import gate_residual_modulate, modulate
+from pydiffuse.jax.attention import tile_attention
 from pydiffuse.jax.conv import causal_conv1d
 from pydiffuse.jax.guidance import (
     apg,
@@ -24,6 +26,8 @@ from pydiffuse.jax.guidance import (
     superpose,
     tcfg,
 )
+from pydiffuse.jax.patch import convert, dual_loop_t, noise_patches, patch_step, select_patches
+from pydiffuse.jax.routing import gather_tokens, route, scatter_tokens
 from pydiffuse.jax.scan import selective_scan
 
 __all__ = [
@@ -33,14 +37,25 @@ __all__ = [
     "cfg_zero",
     "combine",
     "compose",
+    "convert",
+    "dual_loop_t",
+    "gate_residual_modulate",
+    "gather_tokens",
     "gram",
     "guide",
     "magnitude_aware",
+    "modulate",
+    "noise_patches",
+    "patch_step",
     "perp_neg",
     "reference",
     "rescale",
+    "route",
+    "scatter_tokens",
+    "select_patches",
     "selective_scan",
     "slerp",
     "superpose",
     "tcfg",
+    "tile_attention",
 ]

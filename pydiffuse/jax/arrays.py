@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from numbers import Real
 from typing import Any, TypeAlias
 
@@ -97,3 +98,31 @@ def columns(op: str, weights: Any, count: int) -> tuple[Any, ...]:
 def no_second(form: Any, *arrays: Any, more: str = "") -> Any:
     """The forward rule of a backward, which has no derivative. form: has the op's name."""
     raise NotImplementedError(f"{form.op}: its gradient has no derivative; differentiate once{more}")
+
+
+def no_gradient(op: str, words: str, value: Any) -> Any:
+    """value, which is an error with these words where a derivative with respect to it is asked for."""
+    return _constant(f"{op}: {words}", jnp.asarray(value))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _constant(words: str, value: Array) -> Array:
+    return value
+
+
+def _refused(words: str, value: Array) -> Any:
+    raise ValueError(words)
+
+
+_constant.defvjp(_refused, lambda words, saved, grad: (grad,))
+
+
+def integers(op: str, argument: str, value: Any, most: int) -> Array:
+    """int32, of which the kernel refuses those outside 0 to most - 1; wider ones do not become others."""
+    if not is_array(value) or not (jnp.issubdtype(value.dtype, jnp.integer) or value.size == 0):
+        raise TypeError(f"{op}: {argument} is {describe(value)}; accepted: an integer array")
+    given = jnp.asarray(value)
+    narrow = given.dtype.itemsize < 4 or given.dtype == jnp.int32
+    return (given if narrow else jnp.clip(given, -1 if given.dtype.kind == "i" else 0, most)).astype(
+        jnp.int32
+    )

@@ -205,6 +205,12 @@ class TilePlan:
     def to_dense(self) -> Tensor:
         """bool [P, queries, keys], over tokens: True where a query sees a key. Grows with the square of
         the length; for tests and pictures."""
+        import torch
+
+        return torch.from_numpy(self.dense_array())
+
+    def dense_array(self) -> np.ndarray:
+        """`to_dense` as an array, without torch."""
         dense = np.zeros((self.heads, self.q_length, self.k_length), bool)
         starts, begin, end, masks, bits = self.runs
         for p in range(self.heads):
@@ -217,9 +223,7 @@ class TilePlan:
             place = np.empty(self.q_length, np.int64)
             place[order] = np.arange(self.q_length)
             dense = dense[:, place][:, :, place]
-        import torch
-
-        return torch.from_numpy(dense)
+        return dense
 
     @property
     def has_digest(self) -> bool:
