@@ -33,7 +33,7 @@ struct GramSums {
     for (int h = 0; h < 2; ++h) {
       vdouble x[K];
       for (int a = 0; a < K; ++a)
-        x[a] = __builtin_convertvector(E::read_half(p[a] + i, h), vdouble);
+        x[a] = widened(E::read_half(p[a] + i, h));
       int e = 0;
       for (int a = 0; a < K; ++a)
         for (int b = a; b < K; ++b, ++e) acc[e][h] += x[a] * x[b];
@@ -44,7 +44,9 @@ struct GramSums {
   template <class E>
   void add_all(const typename E::Bits* const* p, int64_t n) {
     int64_t i = 0;
-    for (; i + WIDTH <= n; i += WIDTH) add<E>(p, i);
+    GramSums sums = *this;  // in registers: p might point at *this
+    for (; i + WIDTH <= n; i += WIDTH) sums.template add<E>(p, i);
+    *this = sums;
     if (i == n) return;
     typename E::Bits tail[K][WIDTH] = {};  // zeros add nothing
     const typename E::Bits* q[K];

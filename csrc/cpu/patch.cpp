@@ -136,12 +136,12 @@ void begin(const MixPatchesArgs& a, int64_t item, Strip& s) {
   }
   for (int64_t p = 0; p < w.n; p += HALF) {
     const auto at = [&](const float* t) {
-      return __builtin_convertvector(load<vhalf>(t + p), vdouble);
+      return widened(load<vhalf>(t + p));
     };
     coefficients(a.rule, Levels<vdouble>{at(now), at(next), at(before)}, scale, s.matrix);
     if (guided)
       for (auto& row : s.matrix) row[TERM_UNCOND] += row[TERM_PRED];
-    for (int i = 0; i < places; ++i) store(value[i] + p, __builtin_convertvector(*from[i], vhalf));
+    for (int i = 0; i < places; ++i) store(value[i] + p, narrowed(*from[i]));
   }
 
   if (s.any_stays) lay_out(stays, w, patch, s, s.stays);

@@ -49,6 +49,25 @@ template <class V, class T>
 inline void store(T* p, V v) {
   std::memcpy(p, &v, sizeof v);
 }
+// Spelled out: g++ 12 converts half a vector at a time and puts the halves together.
+inline vdouble widened(vhalf v) {
+#if defined(__AVX512F__)
+  return (vdouble)_mm512_cvtps_pd((__m256)v);
+#elif defined(__AVX2__)
+  return (vdouble)_mm256_cvtps_pd((__m128)v);
+#else
+  return __builtin_convertvector(v, vdouble);
+#endif
+}
+inline vhalf narrowed(vdouble v) {
+#if defined(__AVX512F__)
+  return (vhalf)_mm512_cvtpd_ps((__m512d)v);
+#elif defined(__AVX2__)
+  return (vhalf)_mm256_cvtpd_ps((__m256d)v);
+#else
+  return __builtin_convertvector(v, vhalf);
+#endif
+}
 inline double lane_sum(vdouble v) {  // in a fixed order: halves of halves
   double lane[HALF];
   std::memcpy(lane, &v, sizeof v);
