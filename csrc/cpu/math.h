@@ -34,7 +34,7 @@ inline vfloat vexp2(vfloat t) {
 #else
   const vfloat y = (vfloat)((vint)p + ((vint)z << 23));
   const vfloat outside = t < 0.0f ? vfloat{} : t > 0.0f ? splat(__builtin_inff()) : t;
-  return (t > -126.0f) & (t < 128.0f) ? y : outside;  // NaN is outside, and is t
+  return ((t > -126.0f) & (t < 128.0f)) ? y : outside;  // NaN is outside, and is t
 #endif
 }
 

@@ -61,7 +61,7 @@ inline vdouble widened(vhalf v) {
 }
 inline vhalf narrowed(vdouble v) {
 #if defined(__AVX512F__)
-  return (vhalf)_mm512_cvtpd_ps((__m512d)v);
+  return (vhalf)_mm512_maskz_cvtpd_ps(0xff, (__m512d)v);
 #elif defined(__AVX2__)
   return (vhalf)_mm256_cvtpd_ps((__m256d)v);
 #else
@@ -74,6 +74,25 @@ inline double lane_sum(vdouble v) {  // in a fixed order: halves of halves
   for (int width = HALF / 2; width > 0; width /= 2)
     for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
   return lane[0];
+}
+
+// y + a b, rounded once where the CPU can. Spelled out: of two products in a sum a compiler may
+// fuse either, and every way through a kernel must come to the same bits.
+inline vfloat fused(vfloat a, vfloat b, vfloat y) {
+#if defined(__AVX512F__)
+  return (vfloat)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)y);
+#elif defined(__AVX2__)
+  return (vfloat)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)y);
+#else
+  return y + a * b;
+#endif
+}
+inline float fused(float a, float b, float y) {
+#if defined(__FMA__) || defined(__AVX512F__)
+  return __builtin_fmaf(a, b, y);
+#else
+  return y + a * b;
+#endif
 }
 
 inline float bits_to_float(uint32_t u) {
