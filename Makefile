@@ -94,6 +94,7 @@ $(VENV)/demo: $(VENV)/built
 	@touch $@
 
 $(VENV)/test: $(VENV)/built $(VENV)/triton-3.6.0
+	$(PIP) 'jax; python_version >= "3.11"'
 	$(PIP) --no-build-isolation -e '.[test,lint]'
 	@touch $@
 

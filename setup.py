@@ -1,10 +1,12 @@
-"""Builds pydiffuse._C (the torch binding) and pydiffuse._host (the NumPy binding) with ninja.
+"""Builds pydiffuse._C (the torch binding), pydiffuse._host (NumPy's) and pydiffuse._jax (XLA's) with ninja.
 
 PYDIFFUSE_CUDA=0|1|auto (default auto: where nvcc is found and nvidia-smi lists a GPU), PYDIFFUSE_CUDA_ARCHS
-(default "80;90a;100"), CXX, CXXFLAGS, LDFLAGS (default -s; on macOS not), NVCC and MAX_JOBS are read from the environment.
+(default "80;90a;100"), PYDIFFUSE_JAX=0|1|auto (default auto: where jaxlib is installed), CXX, CXXFLAGS,
+LDFLAGS (default -s; not on macOS), NVCC and MAX_JOBS are read from the environment.
 Commands name files from the root of the repository: a copy of it with its build folder is up to date.
 """
 
+import importlib.util
 import os
 import platform
 import re
@@ -58,6 +60,15 @@ def sees_gpu() -> bool:
 def cuda_compiler() -> str | None:
     """What the extension's CUDA kernels are built with; None where they are not wanted."""
     return nvcc() if os.environ.get("PYDIFFUSE_CUDA") == "1" or sees_gpu() else None
+
+
+def xla_headers() -> Path | None:
+    """Where jaxlib is: jax.ffi.include_dir(), without importing jax."""
+    wanted = os.environ.get("PYDIFFUSE_JAX", "auto")
+    found = importlib.util.find_spec("jaxlib")
+    if wanted == "1" and not found:
+        raise RuntimeError("PYDIFFUSE_JAX=1, but jaxlib was not found: pip install jax")
+    return Path(found.origin).parent / "include" if wanted != "0" and found and found.origin else None
 
 
 TEMP = ROOT / "build" / f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}-{torch.__version__}"
@@ -137,6 +148,10 @@ class NinjaBuild(build_ext):
         host = f"{CXX} {PYTHON} -isystem {shlex.quote(pybind11.get_include())}"
         sources = sorted((ROOT / "csrc/python").glob("*.cpp"))
         linked("pydiffuse._host", [compiled(s, host) for s in sources] + kernels, "-lpthread")
+        if xla := xla_headers():
+            flags = f"{host} -isystem {shlex.quote(str(xla))}"
+            sources = sorted((ROOT / "csrc/jax").glob("*.cpp"))
+            linked("pydiffuse._jax", [compiled(s, flags) for s in sources] + kernels, "-lpthread")
         if not (link := ROOT / "pydiffuse/kernels").exists():  # a source distribution holds no links
             link.symlink_to("../kernels")
         plan = self.temp / "build.ninja"
@@ -146,7 +161,8 @@ class NinjaBuild(build_ext):
 
 
 if __name__ == "__main__":
+    built = ("_C", "_host", "_jax") if xla_headers() else ("_C", "_host")
     setup(
-        ext_modules=[Extension("pydiffuse._C", []), Extension("pydiffuse._host", [])],
+        ext_modules=[Extension(f"pydiffuse.{name}", []) for name in built],
         cmdclass={"build_ext": NinjaBuild},
     )

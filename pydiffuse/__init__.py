@@ -2,9 +2,9 @@
 
 The public ops of `pydiffuse.guidance`, `scan`, `conv`, `attention`, `patch`, `adaln` and `routing` are
 re-exported here; `pydiffuse.paths` has orders over tokens, `pydiffuse.plans` the tiles of an attention,
-`pydiffuse.nn` modules, `pydiffuse.samplers` loops over a user's model, `pydiffuse.numpy` the ops without
-torch, `pydiffuse.distributed` the ops over several processes. `backends()` says what runs where. Everything is
-imported when it is first asked for.
+`pydiffuse.nn` modules, `pydiffuse.samplers` loops over a user's model, `pydiffuse.numpy` and `pydiffuse.jax`
+the ops without torch, `pydiffuse.distributed` the ops over several processes. `backends()` says what runs
+where. Everything is imported when it is first asked for.
 """
 
 from typing import TYPE_CHECKING
@@ -14,7 +14,7 @@ from pydiffuse._core.table import PUBLIC as OPS
 from pydiffuse.version import __version__
 
 if TYPE_CHECKING:
-    from pydiffuse import distributed, integrations, nn, numpy, paths, plans, reference, samplers
+    from pydiffuse import distributed, integrations, jax, nn, numpy, paths, plans, reference, samplers
     from pydiffuse._core.dispatch import backends, use_backend
     from pydiffuse.adaln import embed_t, gate_residual_modulate, modulate
     from pydiffuse.attention import entropy_scale, tile_attention
@@ -49,7 +49,17 @@ if TYPE_CHECKING:
     from pydiffuse.scan import selective_scan, selective_state_update, zigzag_mamba_inner
 
 _FAMILIES = ("adaln", "attention", "conv", "guidance", "patch", "routing", "scan")
-_MODULES = ("distributed", "integrations", "nn", "numpy", "paths", "plans", "reference", "samplers")
+_MODULES = (
+    "distributed",
+    "integrations",
+    "jax",
+    "nn",
+    "numpy",
+    "paths",
+    "plans",
+    "reference",
+    "samplers",
+)
 _NAMES = {
     **{name: f"pydiffuse.{op.stem}" for name, op in OPS.items()},
     "ScanPath": "pydiffuse.paths",
@@ -81,6 +91,7 @@ __all__ = [
     "gram",
     "guide",
     "integrations",
+    "jax",
     "magnitude_aware",
     "modulate",
     "next_t",

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pydiffuse._core.draws import drawn
 from pydiffuse._core.grids import PatchSize, count_patches, patch_sizes
 from pydiffuse._core.words import plain
 from pydiffuse.patch import dual_loop_t, next_t, patch_step, select_patches
@@ -276,7 +277,7 @@ def sparse_guidance(
     advance, x = _Stepper(patch_size, {**step, "scale": scale}), _state(x)
     for i, dt in enumerate(parts):
         where = x.device if generator is None else generator.device
-        draw = torch.rand(t.shape, generator=generator, device=where).to(x.device)
+        draw = drawn(torch.rand, t.shape, generator, where).to(x.device)
         ids, _ = select_patches(draw, keep)
         p = Prediction(model(x, t, None), uncond=model(x, t, ids))
         x, t = advance(x, p, t, next_t(t, dt=dt))

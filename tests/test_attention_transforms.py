@@ -120,12 +120,13 @@ def test_func_grad_and_vmap(case):
                 torch.testing.assert_close(a[i], b, rtol=1e-4, atol=1e-4)
 
 
-def test_vmap_over_scale_is_refused():
+def test_vmap_over_scale():
+    """Call by call."""
     q, k, v = heads()
-    with pytest.raises(NotImplementedError, match="vmap over scale"):
-        torch.func.vmap(lambda s: pd.tile_attention(q, k, v, PLAN, scale=s))(
-            torch.rand(2, 4, device=DEVICE)
-        )
+    scales = torch.rand(2, 4, device=DEVICE)
+    mapped = torch.func.vmap(lambda s: pd.tile_attention(q, k, v, PLAN, scale=s))(scales)
+    looped = torch.stack([pd.tile_attention(q, k, v, PLAN, scale=s) for s in scales])
+    torch.testing.assert_close(mapped, looped)
 
 
 def test_autocast_and_inference_mode():

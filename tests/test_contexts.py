@@ -1,5 +1,6 @@
-"""Every op within what torch wraps around it: out= in a graph, forward mode, func.grad under torch.compile,
-threads, meta tensors. The cases come from the table of ops, so that a new op is in here by itself."""
+"""Every op within what torch wraps around it: out= in a graph, forward mode, threads, meta tensors
+(tests/test_matrix.py has compile, export and the transforms). The cases come from the table of ops, so that a
+new op is in here by itself."""
 
 from __future__ import annotations
 
@@ -93,51 +94,6 @@ def test_forward_mode_is_no_silent_zero(op):
         except (NotImplementedError, RuntimeError):
             return
         assert any(forward_ad.unpack_dual(t).tangent is not None for t in found)
-
-
-GRADS = [op for op in FIRST if op not in (*NO_GRADIENT, "gram")]
-
-
-@pytest.mark.parametrize("op", GRADS)
-def test_func_grad_under_compile(op):
-    """The gradient of eager func.grad, in the first floating-point tensor."""
-    case, given = FIRST[op]
-    tensors = leaves(given)
-    which = next(i for i, t in enumerate(tensors) if t.dtype is F32 and t.dim() > 1)
-
-    def loss(x):
-        places = iter(range(len(tensors)))
-
-        def swap(t):
-            return (x if next(places) == which else t) if isinstance(t, torch.Tensor) else t
-
-        args, kwargs = tree_map(swap, given)
-        return sum(t.float().square().sum() for t in leaves(getattr(pd, case.op)(*args, **kwargs)))
-
-    eager = torch.func.grad(loss)(tensors[which])
-    torch._dynamo.reset()
-    compiled = torch.compile(torch.func.grad(loss), backend="aot_eager", fullgraph=True)(tensors[which])
-    torch.testing.assert_close(compiled, eager)
-
-
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("op", FIRST)
-def test_compiles_when_nothing_requires_a_gradient(op, dynamic):
-    if op == "selective_state_update":
-        pytest.skip("writes its state")
-    _, given = FIRST[op]
-    kinds = {k: v for k, v in given[1].items() if not leaves(v)}
-
-    def run(args, kwargs):
-        return leaves(getattr(pd, op)(*args, **kwargs, **kinds))
-
-    tensors = given[0], {k: v for k, v in given[1].items() if k not in kinds}
-    torch._dynamo.reset()
-    torch.manual_seed(3)
-    found = torch.compile(run, backend="aot_eager", fullgraph=True, dynamic=dynamic)(*tensors)
-    torch.manual_seed(3)
-    for a, b in zip(found, run(*tensors), strict=True):
-        torch.testing.assert_close(a, b, equal_nan=True)
 
 
 def test_a_backend_belongs_to_its_thread_and_task():

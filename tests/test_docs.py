@@ -11,8 +11,9 @@ import torch
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 NEEDS = {
-    "integrations": ("diffusers", "0.42"),
+    "diffusers": ("diffusers", "0.42"),
     "huggingface_kernels": ("diffusers", "0.42"),
+    "jax": ("jax", "0.6"),
     "transformers": ("transformers", "5.24"),
 }
 SNIPPET = re.compile(r"^```python\n(.*?)^```$", re.S | re.M)
@@ -30,6 +31,8 @@ def test_snippets_run(page, tmp_path, monkeypatch):
     if page.stem in NEEDS:
         name, version = NEEDS[page.stem]
         pytest.importorskip(name, version, reason=f"{name} {version} is not installed (extra: test)")
+    if page.stem == "jax":
+        pytest.importorskip("pydiffuse._jax", reason="pydiffuse was built without jax")
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     alone = page.name == "README.md"

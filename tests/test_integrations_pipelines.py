@@ -16,6 +16,10 @@ GUIDERS = {
     "TangentialClassifierFreeGuidance": {"guidance_scale": 4.5, "guidance_rescale": 0.3},
     "ClassifierFreeZeroStarGuidance": {"zero_init_steps": 2},
     "MagnitudeAwareGuidance": {"alpha": 3.0},
+    "AdaptiveProjectedMixGuidance": {
+        "adaptive_projected_guidance_start_step": 0,
+        "guidance_rescale": 0.2,
+    },
     "AdaptiveProjectedGuidance": {"eta": 0.3, "adaptive_projected_guidance_momentum": -0.5},
 }
 
@@ -95,3 +99,88 @@ def test_a_pipeline_of_diffusers(tmp_path):
     loaded = diffusers.MotifVideoPipeline.from_pretrained(tmp_path, **rest)
     assert isinstance(loaded.guider, ours.TangentialClassifierFreeGuidance)
     assert expected.isfinite().all() and relative_error(video(loaded), expected) < SAME
+
+
+def unet():
+    """As Stable Diffusion: a UNet that predicts noise."""
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
+        cross_attention_dim=16, attention_head_dim=4, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+    rest = dict.fromkeys(
+        ("text_encoder", "tokenizer", "safety_checker", "feature_extractor", "image_encoder")
+    )
+    vae = diffusers.AutoencoderKL(block_out_channels=[8], norm_num_groups=4)
+    scheduler = diffusers.DDIMScheduler(clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+    parts = {"vae": vae, "unet": unet, "scheduler": scheduler, **rest}
+    pipe = diffusers.StableDiffusionPipeline(**parts, requires_safety_checker=False)
+    prompts = dict(zip(("prompt_embeds", "negative_prompt_embeds"), torch.randn(2, 1, 5, 16)))
+    return pipe, rest, {**prompts, "height": 16, "width": 16, "eta": 0.5}
+
+
+def flux():
+    transformer = diffusers.FluxTransformer2DModel(
+        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=12, num_attention_heads=2,
+        joint_attention_dim=16, pooled_projection_dim=8, axes_dims_rope=(4, 4, 4),
+    )  # fmt: skip
+    rest = dict.fromkeys(
+        (
+            "text_encoder",
+            "tokenizer",
+            "text_encoder_2",
+            "tokenizer_2",
+            "image_encoder",
+            "feature_extractor",
+        )
+    )
+    vae = diffusers.AutoencoderKL(block_out_channels=[8], norm_num_groups=4, shift_factor=0.1)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0)
+    pipe = diffusers.FluxPipeline(scheduler, vae, transformer=transformer, **rest)
+    prompts = {"prompt_embeds": torch.randn(1, 5, 16), "pooled_prompt_embeds": torch.randn(1, 8)}
+    return pipe, rest, {**prompts, "height": 16, "width": 16}
+
+
+def wan():
+    transformer = diffusers.WanTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16, freq_dim=16,
+        ffn_dim=16, num_layers=1, rope_max_seq_len=32,
+    )  # fmt: skip
+    vae = diffusers.AutoencoderKLWan(
+        base_dim=8, z_dim=4, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[False],
+        latents_mean=[0.0] * 4, latents_std=[1.0] * 4,
+    )  # fmt: skip
+    rest = {"text_encoder": None, "tokenizer": None, "transformer_2": None}
+    scheduler = diffusers.UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    )
+    pipe = diffusers.WanPipeline(vae=vae, scheduler=scheduler, transformer=transformer, **rest)
+    prompts = dict(zip(("prompt_embeds", "negative_prompt_embeds"), torch.randn(2, 1, 512, 16)))
+    return pipe, rest, {**prompts, "height": 32, "width": 32, "num_frames": 5}
+
+
+@pytest.mark.parametrize("made", [unet, flux, wan])
+def test_images_with_a_fused_scheduler(made, tmp_path):
+    pytest.importorskip("transformers", reason="transformers is not installed (extra: test)")
+    torch.manual_seed(0)
+    pipe, rest, call = made()
+    call.update(num_inference_steps=4, output_type="pt")
+
+    def images(pipe):
+        pipe.set_progress_bar_config(disable=True)
+        return pipe(**call, generator=torch.Generator().manual_seed(1))[0]
+
+    schedulers = [type(pipe.scheduler)]
+    if made is unet:
+        schedulers.append(diffusers.DPMSolverMultistepScheduler)
+    for original in schedulers:
+        pipe.scheduler = original.from_config(pipe.scheduler.config)
+        before = images(pipe)
+        assert ours.fuse_scheduler(pipe) is pipe
+        assert type(pipe.scheduler) is getattr(ours, original.__name__)
+        after = images(pipe)
+        assert before.isfinite().all() and relative_error(after, before) < 1e-5
+        pipe.save_pretrained(tmp_path / original.__name__)
+        loaded = type(pipe).from_pretrained(tmp_path / original.__name__, **rest)
+        assert type(loaded.scheduler) is type(pipe.scheduler)
+        assert relative_error(images(loaded), before) < 1e-4

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch._C._functorch import get_unwrapped, is_batchedtensor, is_functorch_wrapped_tensor
+from torch._subclasses.fake_tensor import is_fake
+from torch.nn import Parameter
 
 from pydiffuse._core import dispatch
 from pydiffuse._core.layouts import new_like, samples_together
@@ -16,6 +21,7 @@ from pydiffuse._core.words import check_flag as check_flag
 from pydiffuse._core.words import describe as describe
 from pydiffuse._core.words import plain as plain
 
+PROXY = torch._C._TorchDispatchModeKey.PROXY
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -29,6 +35,24 @@ def alike(tensors: Sequence[Tensor]) -> bool:
         if not (isinstance(t, Tensor) and t.shape == shape and t.dtype is dtype and t.device == device):
             return False
     return True
+
+
+def widest(*tensors: Any) -> tuple[Any, ...]:
+    """Under autocast, floating-point tensors in the widest dtype among them, as it has it for torch.cat; elsewhere,
+    and where there is nothing to widen, the tensors as they are."""
+    found = {t.dtype for t in tensors if isinstance(t, Tensor)}
+    if len(found) < 2 or not found <= set(DTYPES):
+        return tensors
+    device = next(t.device.type for t in tensors if isinstance(t, Tensor))
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = functools.reduce(torch.promote_types, found)
+    return tuple(t.to(dtype) if isinstance(t, Tensor) else t for t in tensors)
+
+
+def parameter_dtypes(like: Tensor) -> tuple[torch.dtype, ...]:
+    """What a parameter may be whose arithmetic is float32: that; under autocast, which may have cast it, more."""
+    return DTYPES if not like.is_meta and torch.is_autocast_enabled(like.device.type) else DTYPES[:1]
 
 
 def check_tensors(op: str, argument: str, tensors: Sequence[Tensor], *, same_dtype: bool = True) -> None:
@@ -69,9 +93,9 @@ def check_scalar(op: str, argument: str, value: float | Tensor, like: Tensor) ->
     if not isinstance(value, Tensor):
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise TypeError(f"{op}: {argument} is {describe(value)}; accepted: a number or a (B,) tensor")
-        return torch.full((len(like),), float(value), dtype=torch.float64, device=like.device)
-    B = len(like)
-    if value.dim() > 1 or (value.dim() == 1 and len(value) != B):
+        return torch.full((like.shape[0],), float(value), dtype=torch.float64, device=like.device)
+    B = like.shape[0]
+    if value.dim() > 1 or (value.dim() == 1 and value.shape[0] != B):
         raise ValueError(
             f"{op}: {argument} has shape {tuple(value.shape)}; accepted: a number or ({B},),"
             " a value per sample"
@@ -217,7 +241,33 @@ def check_shape(
         raise ValueError(f"{op}: {argument} is on {t.device}; the input is on {like.device}")
 
 
+def is_integer(value: object) -> bool:
+    """An integer, in a traced graph also one that stands for a size."""
+    return isinstance(value, int | torch.SymInt) and not isinstance(value, bool)
+
+
 def values_hidden(t: Tensor) -> bool:
     """Whether looking at t's values would be a sync, or is impossible."""
-    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    return traced or t.device.type != "cpu"
+    return without_values(t) or t.device.type != "cpu"
+
+
+def without_values(t: Tensor) -> bool:
+    """Whether t is a symbol of a trace, fake, or mapped by vmap."""
+    if torch.compiler.is_compiling() or t.is_meta:
+        return True
+    if torch._C._len_torch_dispatch_stack() and torch._C._get_dispatch_mode(PROXY):  # of make_fx
+        return True
+    if t.__class__ in (Tensor, Parameter) and not torch._C._are_functorch_transforms_active():
+        return False
+    while is_functorch_wrapped_tensor(t):
+        if is_batchedtensor(t):
+            return True
+        t = get_unwrapped(t)
+    return is_fake(t)
+
+
+def narrowed(ids: Tensor, count: int) -> Tensor:
+    """Places 0 to count - 1 as int32. What is outside stays outside, also where its low half would not be."""
+    if ids.dtype is torch.int64:
+        ids = ids.clamp(-1, count)
+    return ids.to(torch.int32)

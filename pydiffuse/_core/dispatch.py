@@ -239,7 +239,11 @@ _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 def direct(op: str, *tensors: Any) -> Any:
     """The namespace of `DIRECT` calls, if the compiled extension serves these tensors as they are: no gradient is
     due, nothing traces or transforms, no mode or subclass looks on. Else None: the general way."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._is_tracing()
+    ):
         return None
     if (
         forward_ad._current_level >= 0

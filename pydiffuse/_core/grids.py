@@ -57,7 +57,7 @@ def patch_sizes(op: str, shape: Sequence[int], patch_size: PatchSize) -> tuple[i
     patch_size = plain(patch_size)
     if patch_size is None:
         return spatial
-    if isinstance(patch_size, int):
+    if not isinstance(patch_size, Sequence):
         sizes = tuple(1 if i < len(spatial) - 2 else patch_size for i in range(len(spatial)))
     else:
         sizes = tuple(map(plain, patch_size))
@@ -67,7 +67,8 @@ def patch_sizes(op: str, shape: Sequence[int], patch_size: PatchSize) -> tuple[i
             " give an int or one value for each"
         )
     for size, extent in zip(sizes, spatial, strict=True):
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1 or extent % size:
+        whole = isinstance(size, int) or hasattr(size, "__index__")  # also a symbol of a traced size
+        if isinstance(size, bool) or not whole or size < 1 or extent % size:
             raise ValueError(
                 f"{op}: patch_size {sizes} does not divide {spatial}; accepted: a positive divisor of"
                 " each spatial dimension"

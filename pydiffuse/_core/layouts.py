@@ -14,8 +14,8 @@ def samples_together(t: Tensor, written: bool = True) -> bool:
     if t.is_contiguous():
         return True
     span = 1 + sum((size - 1) * stride for size, stride in zip(t.shape[1:], t.stride()[1:], strict=True))
-    per_sample = t[0].numel() if len(t) else 0
-    return span == per_sample and (len(t) == 1 or not written or t.stride(0) >= per_sample)
+    per_sample = t.shape[1:].numel()
+    return span == per_sample and (t.shape[0] == 1 or not written or t.stride(0) >= per_sample)
 
 
 def new_like(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -24,7 +24,7 @@ def new_like(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty_like(t, dtype=dtype)
     if not samples_together(t):
         return torch.empty_like(t, dtype=dtype, memory_format=torch.contiguous_format)
-    per_sample = t[0].numel() if len(t) else 0
+    per_sample = t.shape[1:].numel()
     return torch.empty_strided(
         t.shape, (per_sample, *t.stride()[1:]), dtype=dtype or t.dtype, device=t.device
     )

@@ -40,5 +40,10 @@ def real_tensors() -> Iterator[None]:
     from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
     from torch.utils._python_dispatch import _disable_current_modes
 
-    with torch.inference_mode(False), temporarily_clear_interpreter_stack(), _disable_current_modes():
-        yield
+    tracing = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
+    try:
+        with torch.inference_mode(False), temporarily_clear_interpreter_stack(), _disable_current_modes():
+            yield
+    finally:
+        torch._C._set_tracing_state(tracing)  # type: ignore[attr-defined]

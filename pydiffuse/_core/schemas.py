@@ -53,12 +53,12 @@ BY_STEM = {
     },
     "patch": {
         "mix_patches": "(Tensor(a!)[] out, Tensor(b!)? arrived, Tensor[] terms, Tensor t, Tensor? t_next,"
-        " Tensor? t_last, Tensor? mask, Tensor? scales, int[] grid, int[] rule, float scale, float eta,"
+        " Tensor? t_last, Tensor? mask, Tensor? scales, SymInt[] grid, int[] rule, float scale, float eta,"
         " bool transposed) -> ()",
         "patch_loss": "(Tensor(a!) loss, Tensor(b!) errors, Tensor pred, Tensor target, Tensor? logvar,"
-        " Tensor? weight, float nll, int[] grid) -> ()",
+        " Tensor? weight, float nll, SymInt[] grid) -> ()",
         "select_patches": "(Tensor(a!)? ids, Tensor(b!)? rest, Tensor(c!)? mask, Tensor(d!)? levels,"
-        " Tensor score, int k, Tensor? t, Tensor? dts, float dt) -> ()",
+        " Tensor score, SymInt k, Tensor? t, Tensor? dts, float dt) -> ()",
     },
 }
 

@@ -17,11 +17,10 @@ The formulas stand in pydiffuse.reference.adaln.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from pydiffuse._core import dispatch
-from pydiffuse._core.checks import describe, plain
+from pydiffuse._core.checks import describe, is_integer, plain, widest
 from pydiffuse.adaln import reference
 from pydiffuse.adaln.apply import call_modulate
 from pydiffuse.adaln.arguments import NORMS, check_modulation, usual_norm
@@ -70,7 +69,8 @@ def gate_residual_modulate(
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """r = residual + gate[row] branch and its modulation, in one pass: what stands between the two
-    halves of a transformer block. The norm sees r before it is rounded.
+    halves of a transformer block. The norm sees r before it is rounded. Under autocast a residual and a
+    branch of two dtypes are taken in the wider one; elsewhere they must be alike.
 
     residual, branch: [..., D], alike. table: [K, 3, D], shift, scale, gate: the gate of the branch that
     ends, the shift and scale of the one that begins. rows, norm, eps, weight, bias: as in `modulate`.
@@ -82,6 +82,7 @@ def gate_residual_modulate(
         y, r = ops.modulate.new(residual, branch, table, rows, NORMS.index(norm), eps)
         if y is not None:
             return r, y
+    residual, branch = widest(residual, branch)
     check_modulation(op, residual, branch, table, rows, norm, eps, weight, bias)
     if out is not None and not (isinstance(out, tuple | list) and len(out) == 2):
         raise TypeError(f"{op}: out is {describe(out)}; accepted: a pair of tensors (r, y)")
@@ -116,11 +117,9 @@ def embed_t(
     dim, max_period, scale, max_distinct = map(plain, (dim, max_period, scale, max_distinct))
     if not isinstance(t, Tensor) or not t.is_floating_point():
         raise TypeError(f"embed_t: t is {describe(t)}; accepted: a float tensor of any shape")
-    for name, value, least in (("dim", dim, 1), ("max_distinct", max_distinct, 1)):
-        if value is None and name == "max_distinct":
-            continue
-        if isinstance(value, bool) or not isinstance(value, int | torch.SymInt) or value < least:
-            raise ValueError(f"embed_t: {name} is {value!r}; accepted: an integer, {least} or more")
+    for name, value in (("dim", dim), ("max_distinct", 1 if max_distinct is None else max_distinct)):
+        if not is_integer(value) or value < 1:
+            raise ValueError(f"embed_t: {name} is {value!r}; accepted: an integer, 1 or more")
     if isinstance(max_period, bool) or not isinstance(max_period, int | float) or not max_period > 0:
         raise ValueError(f"embed_t: max_period is {max_period!r}; accepted: a number > 0")
     return reference.embed_t(t, dim, max_period=max_period, scale=scale, max_distinct=max_distinct)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pydiffuse._core.checks import check_no_grad, check_outs
+from pydiffuse._core.checks import check_no_grad, check_outs, narrowed
 from pydiffuse._core.functions import differentiable, needs_function
 from pydiffuse.adaln.arguments import NORMS
 from pydiffuse.adaln.autograd import Call, Modulate, run_modulate
@@ -49,10 +49,10 @@ def call_modulate(
         wide = fold(wide, weight, bias)
     x = x.reshape(-1, shape[-1]) if shape[-1] else x.reshape(shape[:-1].numel(), 0)
     branch = None if branch is None else branch.reshape(x.shape)
-    rows = rows.expand(shape[:-1]).reshape(-1).to(torch.int32)
+    rows = narrowed(rows, table.shape[0]).expand(shape[:-1]).reshape(-1)
     if out is None:
         if needs_function(x, branch, wide):
-            results = differentiable(Modulate, call, x, branch, wide, rows)
+            results = differentiable("adaln.Modulate", call, x, branch, wide, rows)
         else:
             results = Modulate.forward(call, x, branch, wide, rows)
         return tuple(t.view(shape) for t in results)

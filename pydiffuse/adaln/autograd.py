@@ -12,10 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from pydiffuse._core.dispatch import ops_for
-from pydiffuse._core.functions import derive, second_derivative
+from pydiffuse._core.functions import Operation, derive, folded, run, second_derivative, unfolded
 from pydiffuse._core.layouts import features_contiguous
 
 
@@ -34,34 +33,31 @@ def run_modulate(
     """out: [y], or [r, y] with a branch."""
     r = None if branch is None else out[0]
     branch = None if branch is None else features_contiguous(branch)
-    ops_for(call.op, x).modulate.default(
-        out[-1], r, features_contiguous(x), branch, table.contiguous(), rows.contiguous(), *call[1:]
+    run(
+        ops_for(call.op, x).modulate.default,
+        out[-1],
+        r,
+        features_contiguous(x),
+        branch,
+        table.contiguous(),
+        rows.contiguous(),
+        *call[1:],
     )
 
 
 # vmap: one more batch dimension is more tokens, and, where the tables differ, more rows of the table.
 
 
-def _fold(V: int, dim: int | None, t: Tensor | None) -> Any:
-    if t is None:
-        return None
-    t = t.expand(V, *t.shape) if dim is None else t.movedim(dim, 0)
-    return t.flatten(0, 1)
-
-
-def _fold_rows(V: int, dim: int | None, rows: Tensor, K: int) -> Tensor:
-    rows = rows.expand(V, *rows.shape) if dim is None else rows.movedim(dim, 0)
-    if K:
-        rows = rows + K * torch.arange(V, device=rows.device, dtype=rows.dtype)[:, None]
+def _rows(info: Any, dim: int | None, rows: Tensor, K: int, tables: bool) -> Tensor:
+    """Rows of K rows, or of V tables of K rows. One that is outside its own table is -1: outside all."""
+    rows = folded(info, dim, rows).unflatten(0, (info.batch_size, -1))
+    if tables:
+        first = K * torch.arange(info.batch_size, device=rows.device, dtype=rows.dtype)[:, None]
+        rows = torch.where((rows >= 0) & (rows < K), rows + first, -1)
     return rows.flatten(0, 1)
 
 
-def _unfold(V: int, results: tuple[Tensor | None, ...]) -> Any:
-    parts = tuple(None if t is None else t.unflatten(0, (V, t.shape[0] // V)) for t in results)
-    return parts, tuple(None if t is None else 0 for t in parts)
-
-
-class Modulate(Function):
+class Modulate(Operation):
     """(call, x [R, D], branch, table [K, 2 or 3, D] float32, rows [R] int32) -> (y,) or (r, y)."""
 
     @staticmethod
@@ -89,17 +85,18 @@ class Modulate(Function):
         dx, dbranch, dtable = derive(ModulateBackward, ctx.call, dy, dr, x, branch, table, rows)
         return None, dx, dbranch, dtable, None
 
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+    @classmethod
+    def mapped(cls, apply: Any, info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
         call, x, branch, table, rows = args
         _, *dims = in_dims
-        V, K = info.batch_size, 0 if dims[2] is None else table.shape[0 if dims[2] else 1]
-        x, branch = _fold(V, dims[0], x), _fold(V, dims[1], branch)
-        table = table if dims[2] is None else _fold(V, dims[2], table)
-        return _unfold(V, Modulate.apply(call, x, branch, table, _fold_rows(V, dims[3], rows, K)))
+        K, tables = table.shape[1 if dims[2] == 0 else 0], dims[2] is not None
+        x, branch = folded(info, dims[0], x), None if branch is None else folded(info, dims[1], branch)
+        rows = _rows(info, dims[3], rows, K, tables)
+        table = folded(info, dims[2], table) if tables else table
+        return unfolded(info, apply(call, x, branch, table, rows))
 
 
-class ModulateBackward(Function):
+class ModulateBackward(Operation):
     """(call, dy, dr or None, x, branch, table, rows) -> dx, dbranch or None, dtable."""
 
     @staticmethod
@@ -135,10 +132,10 @@ class ModulateBackward(Function):
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         raise second_derivative(ctx.op)
 
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+    @classmethod
+    def mapped(cls, apply: Any, info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
         call, *tensors, table, rows = args
         _, *dims = in_dims
-        V, K = info.batch_size, table.shape[1 if dims[4] == 0 else 0]
-        folded = [_fold(V, dim, t) for dim, t in zip(dims, (*tensors, table), strict=False)]
-        return _unfold(V, ModulateBackward.apply(call, *folded, _fold_rows(V, dims[5], rows, K)))
+        K = table.shape[1 if dims[4] == 0 else 0]
+        flat = [folded(info, dim, t) for dim, t in zip(dims, (*tensors, table), strict=False)]
+        return unfolded(info, apply(call, *flat, _rows(info, dims[5], rows, K, True)))

@@ -18,7 +18,7 @@ from pydiffuse._core.checks import check_flag
 from pydiffuse._core.functions import differentiable, needs_function
 from pydiffuse.attention import reference
 from pydiffuse.attention.arguments import apart, autocast, check_attention, entropy_scale, fits, scale_of
-from pydiffuse.attention.autograd import TileAttention, run_attention
+from pydiffuse.attention.autograd import run_attention
 from pydiffuse.plans import TilePlan
 
 
@@ -68,7 +68,7 @@ def tile_attention(
     given = apart(q, k, v)
     rest = (*scales, *plan.to(q.device).tensors)
     if needs_function(*given):
-        out, lse = differentiable(TileAttention, *given, *rest)
+        out, lse = differentiable("attention.TileAttention", *given, *rest)
     else:
         out, lse = run_attention(*given, return_lse, *rest)
     return (out, lse) if return_lse else out

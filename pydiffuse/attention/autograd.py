@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from pydiffuse._core.dispatch import ops_for
-from pydiffuse._core.functions import derive, second_derivative
+from pydiffuse._core.functions import Operation, derive, folded, second_derivative, unfolded, vmap_batches
 from pydiffuse._core.layouts import features_contiguous, new_heads, of_gradient
 
 OP = "tile_attention"
@@ -32,7 +31,7 @@ def run_attention(
     return out, lse
 
 
-class TileAttention(Function):
+class TileAttention(Operation):
     """(q, k, v, scales, scale, *PlanTensors) -> out, lse."""
 
     @staticmethod
@@ -56,12 +55,12 @@ class TileAttention(Function):
         given = (dout, dlse, out, lse, q, k, v, scales, ctx.scale, *plan)
         return *derive(TileAttentionBackward, *given), *[None] * (2 + len(plan))
 
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-        return _more_samples(TileAttention, 3, info, in_dims, args)
+    @classmethod
+    def mapped(cls, apply: Any, info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+        return _more_samples(apply, 3, info, in_dims, args)
 
 
-class TileAttentionBackward(Function):
+class TileAttentionBackward(Operation):
     """(dout, dlse or None, out, lse, *arguments of TileAttention) -> dq, dk, dv."""
 
     @staticmethod
@@ -91,22 +90,17 @@ class TileAttentionBackward(Function):
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         raise second_derivative(OP)
 
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-        return _more_samples(TileAttentionBackward, 7, info, in_dims, args)
+    @classmethod
+    def mapped(cls, apply: Any, info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+        return _more_samples(apply, 7, info, in_dims, args)
 
 
 def _more_samples(
-    function: type[Function], batched: int, info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...]
+    apply: Any, batched: int, info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...]
 ) -> Any:
-    """vmap is more samples. batched: how many of the first arguments are [B, ...]; the others, per-head
-    scales and the plan, are one for all."""
-    if any(dim is not None for dim in in_dims[batched:]):
-        raise NotImplementedError(f"{OP}: vmap over scale; accepted: vmap over q, k and v")
-    folded = []
-    for dim, t in zip(in_dims[:batched], args, strict=False):
-        if t is not None:
-            t = (t.expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0)).flatten(0, 1)
-        folded.append(t)
-    out = function.apply(*folded, *args[batched:])
-    return tuple(t.unflatten(0, (info.batch_size, -1)) for t in out), (0,) * len(out)
+    """vmap is more samples. batched: how many of the first arguments are [B, ...]; the others are the plan and
+    per-head scales, with which, where they are mapped, it is call by call."""
+    if all(dim is None for dim in in_dims[batched:]):
+        flat = [folded(info, dim, t) for dim, t in zip(in_dims[:batched], args, strict=False)]
+        return unfolded(info, apply(*flat, *args[batched:]))
+    return vmap_batches(apply, info, in_dims, args, parameters=None)

@@ -7,7 +7,7 @@ from torch import Tensor
 from pydiffuse._core import dispatch
 from pydiffuse._core.checks import check_shape
 from pydiffuse._core.functions import differentiable, needs_function
-from pydiffuse._core.layouts import dense, new_tokens
+from pydiffuse._core.layouts import dense
 from pydiffuse._core.structs import MAX_WIDTH
 from pydiffuse.conv import reference
 from pydiffuse.conv.autograd import CausalConv1d
@@ -74,8 +74,7 @@ def causal_conv1d(
         activation is not None,
     )
     if needs_function(x, weight, bias):
-        y = differentiable(CausalConv1d, op, *args)
+        (y,) = differentiable("conv.CausalConv1d", op, *args)
     else:
-        y = new_tokens(args[0], args[0].shape)
-        dispatch.ops_for(op, x).causal_conv1d.default(y, *args)
+        (y,) = CausalConv1d.forward(op, *args)
     return y.transpose(1, 2) if bdl else y

@@ -10,21 +10,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from pydiffuse._core.dispatch import ops_for
-from pydiffuse._core.functions import derive, second_derivative, vmap_batches
+from pydiffuse._core.functions import Operation, derive, run, second_derivative, vmap_batches
 from pydiffuse._core.layouts import dense, new_tokens, of_gradient
 
 
-class CausalConv1d(Function):
-    """(op, x [B, L, D], weight [D, W], bias [D] or None, order, offsets, silu) -> y [B, L, D]."""
+class CausalConv1d(Operation):
+    """(op, x [B, L, D], weight [D, W], bias [D] or None, order, offsets, silu) -> (y [B, L, D],)."""
 
     @staticmethod
-    def forward(op: str, x: Tensor, *args: Any) -> Tensor:  # type: ignore[override]
+    def forward(op: str, x: Tensor, *args: Any) -> tuple[Tensor]:  # type: ignore[override]
         out = new_tokens(x, x.shape)
-        ops_for(op, x).causal_conv1d.default(out, x, *args)
-        return out
+        run(ops_for(op, x).causal_conv1d.default, out, x, *args)
+        return (out,)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -36,12 +35,12 @@ class CausalConv1d(Function):
         gradients = derive(CausalConv1dBackward, ctx.op, dy, *ctx.saved_tensors, ctx.silu)
         return None, *gradients, None, None, None
 
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-        return vmap_batches(CausalConv1d, info, in_dims, args, parameters=(2, 3, 4, 5))
+    @classmethod
+    def mapped(cls, apply: Any, info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+        return vmap_batches(apply, info, in_dims, args, parameters=(2, 3, 4, 5))
 
 
-class CausalConv1dBackward(Function):
+class CausalConv1dBackward(Operation):
     """(op, dy, x, weight, bias, order, offsets, silu) -> dx, dweight, dbias or None."""
 
     @staticmethod
@@ -63,6 +62,6 @@ class CausalConv1dBackward(Function):
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         raise second_derivative(ctx.op)
 
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-        return vmap_batches(CausalConv1dBackward, info, in_dims, args, parameters=None)
+    @classmethod
+    def mapped(cls, apply: Any, info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+        return vmap_batches(apply, info, in_dims, args, parameters=None)

@@ -27,7 +27,6 @@ from pydiffuse.distributed.comm import AllReduce, Group, Ranks
 from pydiffuse.guidance import reference
 from pydiffuse.guidance.apply import PLAIN, Update, check_guide, guide_arguments, superpose_by, value_of
 from pydiffuse.guidance.arguments import Scalar, sequence, weights_of
-from pydiffuse.guidance.autograd import Mix
 from pydiffuse.guidance.coefficients import coefficients, tcfg_of_many
 
 
@@ -282,7 +281,7 @@ def _mix(op: str, matrix: Tensor, terms: Sequence[Tensor]) -> tuple[Tensor, ...]
         wide = torch.promote_types(terms[0].dtype, torch.float32)
         wider = [t.to(wide) for t in terms]
         return tuple(reference.combine(wider, c).to(terms[0].dtype) for c in matrix.unbind(1))
-    return differentiable(Mix, op, matrix.shape[1], matrix.contiguous(), None, *terms)
+    return differentiable("guidance.Mix", op, matrix.shape[1], matrix.contiguous(), None, *terms)
 
 
 def _written(op: str, results: Sequence[Tensor], inputs: Sequence[Tensor], out: Any) -> Any:

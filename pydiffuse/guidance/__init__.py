@@ -2,7 +2,8 @@
 
 Predictions are tensors [B, ...] of float32, bfloat16 or float16, alike in shape, dtype and device.
 Every scale, weight or coefficient is a number or a (B,) tensor with a value per sample, and may
-require a gradient. `original` starts from the conditional prediction instead of the unconditional
+require a gradient. Predictions of several dtypes are an error, but under autocast, where they are taken
+in the widest of them. `original` starts from the conditional prediction instead of the unconditional
 one (diffusers' `use_original_formulation`); `rescale` is the factor of arXiv 2305.08891. `out` is a
 tensor to write to (it may be one of the inputs); it takes no part in autograd.
 
@@ -25,9 +26,10 @@ from pydiffuse._core.checks import (
     check_scalar,
     check_tensors,
     describe,
+    widest,
     writable,
 )
-from pydiffuse._core.functions import differentiable
+from pydiffuse._core.functions import differentiable, may_learn
 from pydiffuse._core.rules import EMIT_STATE, EMIT_UPDATE
 from pydiffuse.guidance import reference
 from pydiffuse.guidance.apply import (
@@ -40,7 +42,7 @@ from pydiffuse.guidance.apply import (
     value_of,
 )
 from pydiffuse.guidance.arguments import Scalar, sequence, weights_of
-from pydiffuse.guidance.autograd import Gram, Mix, run_mix
+from pydiffuse.guidance.autograd import run_mix
 from pydiffuse.guidance.coefficients import tcfg_of_many
 
 
@@ -240,10 +242,11 @@ def gram(preds: Sequence[Tensor], *, sums: bool = False) -> Tensor | tuple[Tenso
     spread = dispatch.over_ranks(*preds)
     if spread:
         return spread.gram(preds, sums)
+    preds = widest(*preds)
     check_tensors("gram", "preds", preds)
     if dispatch.forced_reference():
         return reference.gram(preds, sums=sums)
-    G, totals = differentiable(Gram, "gram", *preds)
+    G, totals = differentiable("guidance.Gram", "gram", *preds)
     return (G, totals) if sums else G
 
 
@@ -256,8 +259,9 @@ def combine(preds: Sequence[Tensor], coefficients: Tensor, *, out: Tensor | None
     spread = dispatch.over_ranks(*preds)
     if spread:
         return spread.combine(preds, coefficients, out)
+    preds = widest(*preds)
     check_tensors("combine", "preds", preds)
-    B, k = len(preds[0]), len(preds)
+    B, k = preds[0].shape[0], len(preds)
     if not isinstance(coefficients, Tensor) or not coefficients.is_floating_point():
         raise TypeError(
             f"combine: coefficients is {describe(coefficients)}; accepted: a float tensor (B, k) or (k,)"
@@ -278,7 +282,7 @@ def combine(preds: Sequence[Tensor], coefficients: Tensor, *, out: Tensor | None
         with writable([out]) as targets:
             run_mix("combine", targets, preds, matrix, None)
         return out
-    return differentiable(Mix, "combine", 1, matrix, None, *preds)[0]
+    return differentiable("guidance.Mix", "combine", 1, matrix, None, *preds)[0]
 
 
 def superpose(
@@ -383,6 +387,7 @@ def guide(
             preds, rule, x=x, a=a, b=b, history=history, h=h, noise=noise, s=s, predict=predict,
             original=original, rescale=rescale, out=out, **parameters,
         )  # fmt: skip
+    preds = widest(*preds)
     check_guide(preds, update)
     if dispatch.forced_reference():
         common = {"original": original, "rescale": rescale} if row.common else {}
@@ -392,7 +397,8 @@ def guide(
             preds, rule, x=x, a=a, b=b, history=history, h=h, noise=noise, s=s, predict=predict, out=out,
             **common, **parameters,
         )  # fmt: skip
-    learned = any(isinstance(c, Tensor) and c.requires_grad for c in update.numbers)
+    tensors = [c for c in update.numbers if isinstance(c, Tensor)]
+    learned = tensors and (may_learn() or any(t.requires_grad for t in tensors))
     if learned and out is None and torch.is_grad_enabled():
         return call_in_two(row, preds, values, original, rescale, update, emit)
     return call_rule("guide", row, preds, update, values, original, rescale, out, emit)
@@ -411,6 +417,7 @@ def _tcfg_of_many(
     spread = dispatch.over_ranks(*preds)
     if spread:
         return spread.tcfg(conds, uncond, scale, original, rescale, out)
+    *conds, uncond = preds = widest(*preds)
     check_tensors("tcfg", "cond, uncond", preds)
     m = len(conds)
     scales = weights_of("tcfg", scale if isinstance(scale, Sequence) else [scale] * m, m)

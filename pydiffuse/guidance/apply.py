@@ -15,6 +15,7 @@ from pydiffuse._core.checks import (
     check_scalar,
     check_tensors,
     describe,
+    widest,
     writable,
     written,
 )
@@ -23,7 +24,7 @@ from pydiffuse._core.rules import EMIT_PREDICT, EMIT_STATE, EMIT_UPDATE, RULES, 
 from pydiffuse._core.structs import numbers
 from pydiffuse.guidance import reference
 from pydiffuse.guidance.arguments import Scalar, number_of, parameter_name, sequence, weights_of
-from pydiffuse.guidance.autograd import Call, Guide, Mix, outputs, run_guide
+from pydiffuse.guidance.autograd import Call, outputs, run_guide
 
 NUMBERS = {float, int, bool}
 
@@ -72,6 +73,7 @@ def value_of(
     spread = dispatch.over_ranks(*preds)
     if spread:
         return spread.value_of(rule, preds, values, original, rescale, out, emit)
+    preds = widest(*preds)
     check_tensors(name, "the predictions", preds)
     if len(preds) not in row.counts:
         raise ValueError(f"{name}: {len(preds)} predictions; accepted: ({', '.join(row.preds)})")
@@ -163,7 +165,7 @@ def call_rule(
     call = Call(op, row.code, params, params[7] != 0.0 or 7 in columns, columns, emit)
     if out is None:
         if needs_function(varied, x, history, noise, *preds):
-            results = differentiable(Guide, call, varied, x, history, noise, *preds)
+            results = differentiable("guidance.Guide", call, varied, x, history, noise, *preds)
             return results[0] if len(results) == 1 else results
         results = outputs(call, preds, x)
         run_guide(call, results, preds, x, history, noise, varied)
@@ -202,7 +204,9 @@ def call_in_two(
         return torch.stack([c.double() for c in cs], 1)
 
     matrix = torch.stack([coefficients(1), coefficients(2)][: 2 if emit & EMIT_PREDICT else 1], 1)
-    results = list(differentiable(Mix, "guide", matrix.shape[1], matrix, None, *[t[0] for t in there]))
+    results = list(
+        differentiable("guidance.Mix", "guide", matrix.shape[1], matrix, None, *[t[0] for t in there])
+    )
     if state is not None:
         results.append(state)
     return results[0] if len(results) == 1 else tuple(results)
@@ -266,9 +270,10 @@ def superpose_by(
 ) -> tuple[Tensor, Tensor]:
     """`superpose`. inner: what gives the Gram matrix, or None for the reference; mix: `combine`."""
     preds = tuple(sequence("superpose", "preds", preds))
+    *preds, uncond, noise = widest(*preds, uncond, noise)
     extra = tuple(t for t in (uncond, noise) if t is not None)
     check_tensors("superpose", "preds, uncond, noise", (*preds, *extra))
-    B, k = len(preds[0]), len(preds)
+    B, k = preds[0].shape[0], len(preds)
     if kind not in ("or", "and"):
         raise ValueError(f"superpose: unknown kind {kind!r}; accepted: 'or', 'and'")
     if not isinstance(log_density, Tensor) or (log_density.shape != (B, k) and log_density.shape != (k,)):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pydiffuse._core.dispatch import ops_for
-from pydiffuse._core.functions import Batched, derive, needed, second_derivative
+from pydiffuse._core.functions import Batched, derive, second_derivative
 from pydiffuse._core.layouts import all_ordered, new_like, ordered, samples_together
 from pydiffuse._core.rules import COMMON, EMIT_PREDICT, EMIT_STATE, EMIT_UPDATE, RULES, UPDATE
 
@@ -112,7 +112,7 @@ class Guide(Batched):
             return sum(there[1:], there[0]) if there else None
 
         g = plus(times(B, update), times(Q, predict))
-        needs = needed(ctx)
+        needs = ctx.needs_input_grad
         dextras = [
             plus(times(A, update), times(P, predict)) if needs[2] else None,
             times(H, update) if needs[3] else None,
@@ -176,8 +176,8 @@ class Gram(Batched):
         if not samples_together(like, written=False):
             like = like.contiguous()
             preds = (like, *preds[1:])
-        gram = torch.empty(len(like), k, k, dtype=torch.float64, device=like.device)
-        sums = gram.new_empty(len(like), k)
+        gram = torch.empty(like.shape[0], k, k, dtype=torch.float64, device=like.device)
+        sums = gram.new_empty(like.shape[0], k)
         ops_for(op, like).gram.default(gram, sums, [ordered(p, like) for p in preds])
         return gram, sums
 
@@ -218,11 +218,11 @@ class Mix(Batched):
         matrix, *terms = ctx.saved_tensors
         J, M = ctx.outs, len(terms)
         dmatrix = dshift = None
-        if needed(ctx)[2] or needed(ctx)[3]:
+        if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
             G, sums = derive(Gram, ctx.op, *grads, *terms)
             dmatrix, dshift = G[:, :J, J:], sums[:, :J] if ctx.shifted else None
         dterms: tuple[Tensor | None, ...] = (None,) * M
-        if any(needed(ctx)[4:]):
+        if any(ctx.needs_input_grad[4:]):
             wide = derive(Mix, ctx.op, M, matrix.mT.contiguous(), None, *grads)
             dterms = tuple(d.to(t.dtype) for d, t in zip(wide, terms, strict=True))
         return None, None, dmatrix, dshift, *dterms

@@ -25,7 +25,7 @@ def _rows(value: Scalar, like: Tensor) -> Scalar:
     """A value per sample, shaped to multiply [B, ...]."""
     if not isinstance(value, Tensor):
         return value
-    return value.to(like.dtype).expand(len(like)).reshape(-1, *[1] * (like.dim() - 1))
+    return value.to(like.dtype).expand(like.shape[0]).reshape(-1, *[1] * (like.dim() - 1))
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
@@ -91,7 +91,7 @@ def gram(preds: Sequence[Tensor], *, sums: bool = False) -> Tensor | tuple[Tenso
 
 def combine(preds: Sequence[Tensor], coefficients: Tensor, *, out: Tensor | None = None) -> Tensor:
     """sum_i c[b,i] p_i."""
-    c = coefficients.expand(len(preds[0]), len(preds))
+    c = coefficients.expand(preds[0].shape[0], len(preds))
     terms = [_rows(c[:, i], _up(p)) * _up(p) for i, p in enumerate(preds)]
     return _finish(sum(terms[1:], terms[0]), preds[0].dtype, out)
 
@@ -428,7 +428,7 @@ def apply(rule: str, preds: Sequence[Tensor], **parameters: Any) -> Any:
     names, p = RULES[rule].preds, list(preds)
     if rule == "linear":
         weights = parameters.pop("weights")
-        columns = [torch.as_tensor(w, dtype=p[0].dtype).expand(len(p[0])) for w in _columns(weights)]
+        columns = [torch.as_tensor(w, dtype=p[0].dtype).expand(p[0].shape[0]) for w in _columns(weights)]
         g = combine(p, torch.stack(columns, 1))
         return _spread(g, p[0], parameters.get("rescale", 0.0))
     arguments: dict[str, Any] = {}

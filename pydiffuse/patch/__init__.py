@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from pydiffuse._core import dispatch
-from pydiffuse._core.checks import check_flag, check_no_grad, check_outs, describe, plain
+from pydiffuse._core.checks import check_flag, check_no_grad, check_outs, describe, is_integer, plain
 from pydiffuse._core.functions import differentiable
 from pydiffuse._core.grids import (
     CONVERT,
@@ -42,7 +42,7 @@ from pydiffuse._core.grids import (
     X,
 )  # fmt: skip
 from pydiffuse.patch import reference
-from pydiffuse.patch.apply import Picks, directly, mixed, select
+from pydiffuse.patch.apply import directly, mixed, select
 from pydiffuse.patch.arguments import (
     Patches,
     Scalar,
@@ -56,7 +56,7 @@ from pydiffuse.patch.arguments import (
     check_within,
     patches_of,
 )
-from pydiffuse.patch.autograd import Call, LossCall, PatchLoss, Tables
+from pydiffuse.patch.autograd import Call, LossCall, Tables
 
 
 def sample_t(
@@ -89,10 +89,10 @@ def sample_t(
     batch, patches = plain(batch), plain(patches)
     loc, scale, std, mode_scale, shift = map(plain, (loc, scale, std, mode_scale, shift))
     for name, value in (("batch", batch), ("patches", patches)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        if not is_integer(value) or value < 0:
             raise ValueError(f"sample_t: {name} is {value!r}; accepted: an int, 0 or more")
     for name, number in (("loc", loc), ("scale", scale), ("std", std), ("shift", shift)):
-        if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
+        if isinstance(number, bool) or not isinstance(number, int | float) or not abs(number) < math.inf:
             raise ValueError(f"sample_t: {name} is {number!r}; accepted: a finite number")
     if not shift > 0 or not std >= 0:
         raise ValueError(f"sample_t: shift is {shift}, std {std}; accepted: shift > 0, std >= 0")
@@ -345,9 +345,8 @@ def patch_loss(
     check_table(op, "weight", weight, patches, pred)
     if dispatch.forced_reference():
         return reference.patch_loss(pred, target, logvar, weight, patch_size, nll=nll)
-    elements = pred[0].numel() // patches.total if patches.batch and patches.total else 0
-    call = LossCall(patches.grid, elements, float(nll))
-    sums, _ = differentiable(PatchLoss, call, logvar, weight, pred, target)
+    call = LossCall(patches.grid, float(nll))
+    sums, _ = differentiable("patch.PatchLoss", call, logvar, weight, pred, target)
     return (sums.sum() / pred.numel()).float() if pred.numel() else (sums.sum() * float("nan")).float()
 
 
@@ -375,18 +374,14 @@ def select_patches(score: Tensor, k: int, *, as_mask: bool = False) -> Tensor | 
         if first is not None:
             return first if as_mask else (first, rest)
     k = plain(k)
-    B, N, _ = check_score(op, score, k)
+    check_score(op, score, k)
     check_flag(op, "as_mask", as_mask)
     if dispatch.forced_reference():
         found: Tensor | tuple[Tensor, Tensor] = reference.select_patches(score, k, as_mask=as_mask)
         return found
     if as_mask:
-        mask = torch.empty(B, N, dtype=torch.bool, device=score.device)
-        select(op, Picks(mask=mask), score, k)
-        return mask
-    ids = torch.empty(B, k, dtype=torch.int64, device=score.device)
-    rest = torch.empty(B, N - k, dtype=torch.int64, device=score.device)
-    select(op, Picks(ids, rest), score, k)
+        return select(op, "mask", score, k)[0]
+    ids, rest = select(op, "ids", score, k)
     return ids, rest
 
 
@@ -406,13 +401,11 @@ def dual_loop_t(score: Tensor, k: int, t: Scalar, *, dt: Scalar, steps: int) -> 
     patches = check_score(op, score, k)
     begin = check_level(op, "t", t, patches, score)
     dt = check_dt(op, dt, patches)
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+    if not is_integer(steps) or steps < 1:
         raise ValueError(f"{op}: steps is {steps!r}; accepted: an int, 1 or more")
     if dispatch.forced_reference():
         return reference.dual_loop_t(score, k, t, dt=dt, steps=steps)
-    levels = torch.empty(steps, *score.shape, dtype=torch.float32, device=score.device)
-    select(op, Picks(levels=levels), score, k, begin, dt)
-    return levels
+    return select(op, "levels", score, k, begin, dt, steps)[0]
 
 
 def next_t(

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pydiffuse._core import dispatch
 from pydiffuse._core.checks import check_no_grad, check_outs
-from pydiffuse._core.dispatch import ops_for
 from pydiffuse._core.functions import differentiable, needs_function
 from pydiffuse._core.grids import METHODS, PatchSize
 from pydiffuse._core.structs import numbers
 from pydiffuse.patch.arguments import Scalar, remembered
-from pydiffuse.patch.autograd import Call, MixPatches, Tables, fresh, run_mix_patches, with_levels
+from pydiffuse.patch.autograd import Call, SelectPatches, Tables, fresh, run_mix_patches
 
 
 def level_of(value: Any) -> Tensor | None:
@@ -67,7 +66,9 @@ def mixed(
     the patches are: through autograd if a gradient is due, straight to the op if not."""
     first, steps = terms[0], tables.t_next is not None
     if not given and needs_function(*terms):
-        return differentiable(MixPatches, call, *tables, *terms), arrived_at(tables) if steps else None
+        return differentiable("patch.MixPatches", call, *tables, *terms), arrived_at(
+            tables
+        ) if steps else None
     if given:
         check_outs(call.op, given, (first,) * len(given), terms)
         check_no_grad(call.op, terms, given)
@@ -85,27 +86,18 @@ def mixed(
     return tuple(outs), arrived
 
 
-class Picks(NamedTuple):
-    """What a selection writes; None is not wanted."""
-
-    ids: Tensor | None = None
-    rest: Tensor | None = None
-    mask: Tensor | None = None
-    levels: Tensor | None = None
-
-
 def select(
-    op: str, picks: Picks, score: Tensor, k: int, t: Tensor | None = None, dt: Scalar = 0.0
-) -> None:
-    """t: [B, N] float32, for the levels."""
-    if not score.numel():
-        return
+    op: str, wanted: str, score: Tensor, k: int, t: Tensor | None = None, dt: Scalar = 0.0, steps: int = 0
+) -> tuple[Tensor, ...]:
+    """wanted: "ids", "mask" or "levels", of which there are `steps`; t: [B, N] float32, for them."""
     dts = None
     if isinstance(dt, Tensor):
         dts, dt = dt.detach().to(score.device, torch.float32), 0.0
         dts = (dts[:, None] if dts.dim() == 1 else dts).expand(score.shape)
-    scores = score.detach().float().contiguous()
-    with_levels(ops_for(op, score).select_patches.default, *picks, scores, k, t, dts, float(dt))
+    given = (op, wanted, k, steps, float(dt), score.detach().float(), t, dts)
+    if torch._C._are_functorch_transforms_active():
+        return differentiable("patch.SelectPatches", *given)
+    return SelectPatches.forward(*given)
 
 
 def arrived_at(tables: Tables) -> Tensor:

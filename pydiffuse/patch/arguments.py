@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pydiffuse._core.checks import check_tensors, describe, plain, values_hidden
+from pydiffuse._core.checks import check_tensors, describe, is_integer, plain, values_hidden
 from pydiffuse._core.dispatch import forced
 from pydiffuse._core.grids import PatchSize, count_patches, grid_of, patch_sizes
 
@@ -29,9 +29,12 @@ def patches_of(op: str, names: str, images: Sequence[Tensor], patch_size: PatchS
     """Checks the images [B, C, *spatial] of a call and divides them."""
     check_tensors(op, names, images, same_dtype=False)
     shape = images[0].shape
-    if torch.compiler.is_compiling():  # sizes may be symbols, which do not hash
+    if torch.compiler.is_compiling():
         return _divided(op, shape, patch_size)
-    return remembered(op, shape, patch_size)
+    try:
+        return remembered(op, shape, patch_size)
+    except TypeError:  # symbols, in other traces, do not hash
+        return _divided(op, shape, patch_size)
 
 
 def _divided(op: str, shape: Sequence[int], patch_size: PatchSize) -> Patches:
@@ -118,7 +121,7 @@ def check_score(op: str, score: Tensor, k: int) -> Patches:
     if score.dim() != 2:
         raise ValueError(f"{op}: score has shape {tuple(score.shape)}; accepted: (B, N)")
     B, N = score.shape
-    if isinstance(k, bool) or not isinstance(k, int) or not 0 <= k <= N:
+    if not is_integer(k) or not 0 <= k <= N:
         raise ValueError(f"{op}: k is {k!r}; accepted: 0 to {N}, the number of patches")
     return Patches(B, N, ())
 
@@ -147,15 +150,15 @@ def check_scales(op: str, scale: Scalar, like: Tensor) -> tuple[float, Tensor | 
         raise TypeError(f"{op}: scale is {describe(scale)}; accepted: a number or a (B,) tensor")
     if not isinstance(scale, Tensor):
         return float(scale), None
-    if scale.dim() > 1 or (scale.dim() == 1 and len(scale) != len(like)):
+    if scale.dim() > 1 or (scale.dim() == 1 and scale.shape[0] != like.shape[0]):
         raise ValueError(
-            f"{op}: scale has shape {tuple(scale.shape)}; accepted: a number or ({len(like)},)"
+            f"{op}: scale has shape {tuple(scale.shape)}; accepted: a number or ({like.shape[0]},)"
         )
     if scale.requires_grad and torch.is_grad_enabled():
         raise ValueError(
             f"{op}: scale requires a gradient, which is not computed here; guide with pydiffuse.cfg first"
         )
-    return 1.0, scale.to(like.device, torch.float32).expand(len(like)).contiguous()
+    return 1.0, scale.to(like.device, torch.float32).expand(like.shape[0]).contiguous()
 
 
 def check_table(op: str, argument: str, table: Tensor | None, patches: Patches, like: Tensor) -> None:

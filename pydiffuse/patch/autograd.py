@@ -9,7 +9,6 @@ patch_loss has d = p - u and the errors e = sum d^2 of every patch, weight w and
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pydiffuse._core.dispatch import ops_for
-from pydiffuse._core.functions import Batched, derive, needed, second_derivative
+from pydiffuse._core.functions import Batched, derive, folded, run, second_derivative
 from pydiffuse._core.grids import NOISY, RESIDUAL, X
 
 
@@ -50,18 +49,6 @@ def fresh(first: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(first, dtype=dtype, memory_format=torch.contiguous_format)
 
 
-def with_levels(op: Callable[..., None], *args: Any) -> None:
-    """Calls an op whose CPU kernels look at the levels."""
-    if torch.compiler.is_compiling():
-        return op(*args)
-    try:
-        op(*args)
-    except RuntimeError as error:
-        if "outside [0, 1]" not in str(error):
-            raise
-        raise ValueError(str(error).split("\n")[0]) from None
-
-
 def run_mix_patches(
     call: Call, out: list[Tensor], arrived: Tensor | None, tables: Tables, terms: tuple[Tensor, ...]
 ) -> None:
@@ -75,7 +62,7 @@ def run_mix_patches(
     op, grid, rule, outs, present, _, scale, eta, transposed = call
     t, t_next, t_last, mask, scales = tables
     mix_patches = ops_for(op, like).mix_patches.default
-    with_levels(
+    run(
         mix_patches,
         out, arrived, terms, t, t_next, t_last, mask, scales, grid, (*rule, outs, present), scale, eta,
         transposed,
@@ -103,7 +90,7 @@ class MixPatches(Batched):
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         call: Call = ctx.call
         there = [g for g in grads if g is not None]
-        needs = needed(ctx)[6:]
+        needs = ctx.needs_input_grad[6:]
         dterms: list[Tensor | None] = [None] * len(needs)
         if there and any(needs):
             flipped = call._replace(
@@ -125,17 +112,17 @@ def _among(places: int, which: Any) -> int:
 
 class LossCall(NamedTuple):
     grid: tuple[int, ...]
-    per_patch: int  # elements
     nll: float
 
 
-def _certainty(call: LossCall, logvar: Tensor | None, errors: Tensor) -> tuple[Any, Any]:
-    """What nll adds to the loss of every patch, per error and in all."""
+def _certainty(call: LossCall, elements: int, logvar: Tensor | None, errors: Tensor) -> tuple[Any, Any]:
+    """What nll adds to the loss of every patch of `elements`, per error and in all."""
     if logvar is None:
         return 0.0, 0.0
     l = logvar.double()
     each = call.nll / 2 * (-l).exp()
-    return each, call.nll / 2 * call.per_patch * (math.log(2 * math.pi) + l) + each * errors
+    log_2pi = 1.8378770664093453  # a literal: in a backward Dynamo (torch 2.13) loses floats of modules
+    return each, call.nll / 2 * elements * (log_2pi + l) + each * errors
 
 
 class PatchLoss(Batched):
@@ -147,8 +134,8 @@ class PatchLoss(Batched):
     ) -> tuple[Tensor, Tensor]:
         _, planes, rows, columns, p, r, c = call.grid
         patches = (planes // p) * (rows // r) * (columns // c) if p and r and c else 0
-        loss = torch.empty(len(pred), dtype=torch.float64, device=pred.device)
-        errors = loss.new_empty(len(pred), patches)
+        loss = torch.empty(pred.shape[0], dtype=torch.float64, device=pred.device)
+        errors = loss.new_empty(pred.shape[0], patches)
         if not pred.numel():
             return loss.zero_(), errors.zero_()
         tables = (None if t is None else t.float().contiguous() for t in (logvar, weight))
@@ -169,7 +156,7 @@ class PatchLoss(Batched):
         if dloss is None:
             return (None,) * 5
         return None, *derive(
-            PatchLossBackward, ctx.call, tuple(needed(ctx)[1:]), dloss, *ctx.saved_tensors
+            PatchLossBackward, ctx.call, tuple(ctx.needs_input_grad[1:]), dloss, *ctx.saved_tensors
         )
 
 
@@ -189,10 +176,12 @@ class PatchLossBackward(Batched):
     ) -> tuple[Tensor | None, ...]:
         g = dloss[:, None]
         gw = g.expand_as(errors) if weight is None else g * weight.double()
-        each, certainty = _certainty(call, logvar, errors)
+        patches = errors.shape[1]
+        elements = pred.shape[1:].numel() // patches if patches else 0
+        each, certainty = _certainty(call, elements, logvar, errors)
         dlogvar = dweight = None
         if needs[0] and logvar is not None:
-            dlogvar = (gw * (call.nll / 2 * call.per_patch - each * errors)).to(logvar.dtype)
+            dlogvar = (gw * (call.nll / 2 * elements - each * errors)).to(logvar.dtype)
         if needs[1] and weight is not None:
             dweight = (g * (errors + certainty)).to(weight.dtype)
         dtypes = tuple(t.dtype for t, n in zip((pred, target), needs[2:], strict=True) if n)
@@ -214,3 +203,41 @@ class PatchLossBackward(Batched):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         raise second_derivative("patch_loss")
+
+
+class SelectPatches(Batched):
+    """(op, what is wanted, k, steps, dt, score [B, N] float32, t, dts) -> ids and the rest, the mask, or the levels.
+
+    Levels are [steps, B, N]. No gradient."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        op: str, wanted: str, k: int, steps: int, dt: float, score: Tensor, t: Tensor | None, dts: Tensor | None
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        B, N = score.shape
+        ids = rest = mask = levels = None
+        if wanted == "ids":
+            ids = torch.empty(B, k, dtype=torch.int64, device=score.device)
+            rest = torch.empty(B, N - k, dtype=torch.int64, device=score.device)
+        elif wanted == "mask":
+            mask = torch.empty(B, N, dtype=torch.bool, device=score.device)
+        else:
+            levels = torch.empty(steps, B, N, dtype=torch.float32, device=score.device)
+        if score.numel():
+            select_patches = ops_for(op, score).select_patches.default
+            run(select_patches, ids, rest, mask, levels, score.contiguous(), k, t, dts, dt)
+        return tuple(out for out in (ids, rest, mask, levels) if out is not None)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.mark_non_differentiable(*output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        return (None,) * 8
+
+    @classmethod
+    def mapped(cls, apply: Callable[..., Any], info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+        out = apply(*(folded(info, d, t) for d, t in zip(in_dims, args, strict=True)))
+        at = 1 if args[1] == "levels" else 0  # the batch's dimension
+        return tuple(t.unflatten(at, (info.batch_size, -1)) for t in out), (at,) * len(out)

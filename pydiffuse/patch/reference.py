@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pydiffuse._core.draws import drawn
 from pydiffuse._core.grids import OWN_KIND, PatchSize, count_patches, patch_sizes
 
 Scalar = float | Tensor
@@ -33,7 +34,7 @@ def _up(t: Tensor) -> Tensor:
 def _spread(c: Tensor, x: Tensor, patch_size: PatchSize) -> Tensor:
     """A value per patch (B, N) on every element: [B, 1, *spatial]."""
     sizes = patch_sizes("patch", x.shape, patch_size)
-    c = c.reshape(len(x), *(e // s if s else 0 for e, s in zip(x.shape[2:], sizes, strict=True)))
+    c = c.reshape(x.shape[0], *(e // s if s else 0 for e, s in zip(x.shape[2:], sizes, strict=True)))
     for dim, size in enumerate(sizes, 1):
         c = c.repeat_interleave(size, dim)
     return c[:, None]
@@ -44,7 +45,7 @@ def _table(value: Scalar, x: Tensor, patch_size: PatchSize) -> Tensor:
     n = count_patches(x.shape, patch_sizes("patch", x.shape, patch_size))
     value = torch.as_tensor(value, device=x.device)
     value = value.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-    return (value[:, None] if value.dim() == 1 else value).expand(len(x), n)
+    return (value[:, None] if value.dim() == 1 else value).expand(x.shape[0], n)
 
 
 def level(t: Tensor, path: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -93,10 +94,10 @@ def sample_t(
     where = generator.device if generator is not None else torch.device(device or "cpu")
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, device=where)
+        return drawn(torch.randn, shape, generator, where)
 
     def uniform(*shape: int) -> Tensor:
-        return torch.rand(*shape, generator=generator, device=where)
+        return drawn(torch.rand, shape, generator, where)
 
     if kind == "uniform":
         t = uniform(batch, patches)
@@ -150,7 +151,7 @@ def draw_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
     """Standard normal noise, drawn in float32 where the generator is: one draw on every device."""
     where = x.device if generator is None else generator.device
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return torch.randn(x.shape, generator=generator, device=where, dtype=dtype).to(x.device, x.dtype)
+    return drawn(torch.randn, x.shape, generator, where, dtype=dtype).to(x.device, x.dtype)
 
 
 def convert(
@@ -216,7 +217,7 @@ def patch_step(
     g = term(pred)
     if uncond is not None:
         w = torch.as_tensor(scale, device=x.device).to(g.dtype)
-        w = w.expand(len(x)).reshape(-1, *[1] * (x.dim() - 1))
+        w = w.expand(x.shape[0]).reshape(-1, *[1] * (x.dim() - 1))
         g = w * g + (1 - w) * term(uncond)
     alpha, sigma, dalpha, dsigma = level(safe, path)
     kind = prediction(predicts or OWN_KIND[path], alpha, sigma)

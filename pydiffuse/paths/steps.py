@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pydiffuse._core.checks import check_flag, describe, plain
+from pydiffuse._core.checks import check_flag, describe, is_integer, narrowed, plain, without_values
 from pydiffuse.paths import ScanPath, from_order
 
 PathLike = ScanPath | Tensor | Sequence[int] | None
@@ -36,6 +37,12 @@ def path_of(op: str, path: Any, L: int, argument: str = "path") -> ScanPath:
                 f"{op}: {argument} is {describe(path)}; accepted: a ScanPath, a permutation of 0..{L - 1},"
                 " or None"
             )
+        if (
+            isinstance(path, Tensor)
+            and torch._C._are_functorch_transforms_active()
+            and without_values(path)
+        ):
+            raise TypeError(f"{op}: {argument} is mapped by vmap; accepted: a path for all samples")
         try:
             path = from_order(path)
         except (TypeError, ValueError) as error:
@@ -88,29 +95,36 @@ def _offsets(op: str, cu_seqlens: Any, L: int, device: torch.device) -> tuple[Te
             raise TypeError(
                 f"{op}: cu_seqlens is {describe(cu_seqlens)}; accepted: int32 or int64 [S + 1], or a list"
             )
-        values = None if torch.compiler.is_compiling() else cu_seqlens.tolist()
+        values = None if without_values(cu_seqlens) else cu_seqlens.tolist()
     else:
         if isinstance(cu_seqlens, np.ndarray) and cu_seqlens.ndim == 1:
             cu_seqlens = cu_seqlens.tolist()
         elif isinstance(cu_seqlens, Sequence) and not isinstance(cu_seqlens, str):
             cu_seqlens = [plain(o) for o in cu_seqlens]
-        if not isinstance(cu_seqlens, list) or not all(type(o) is int for o in cu_seqlens):
+        if not isinstance(cu_seqlens, list) or not all(is_integer(o) for o in cu_seqlens):
             raise TypeError(
                 f"{op}: cu_seqlens is {describe(cu_seqlens)}; accepted: a tensor, an array or a list of S + 1 integers"
             )
         values = cu_seqlens
     if values is not None and (
-        len(values) < 2 or values[0] != 0 or values[-1] != L or values != sorted(values)
+        len(values) < 2 or values[0] != 0 or values[-1] != L or not _rising(values)
     ):
         given = values if len(values) < 9 else [*values[:8], "..."]
         raise ValueError(
             f"{op}: cu_seqlens is {given}; accepted: 0 <= ... <= {L}, never falling, ending at {L}"
         )
     if isinstance(cu_seqlens, Tensor):
-        return cu_seqlens.to(device=device, dtype=torch.int32).contiguous(), cu_seqlens.numel() - 1
+        return narrowed(cu_seqlens.to(device), L + 1).contiguous(), cu_seqlens.numel() - 1
     cached = device.type == "cuda" and not torch.compiler.is_compiling() and not _modes()
     make = _cached_tensor_of if cached else _tensor_of
     return make(tuple(values or ()), device), len(cu_seqlens) - 1
+
+
+def _rising(values: list[int]) -> bool:
+    for a, b in pairwise(values):  # Dynamo does not sort symbols
+        if a > b:
+            return False
+    return True
 
 
 def _tensor_of(values: tuple[int, ...], device: torch.device) -> Tensor:

@@ -23,7 +23,16 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from pydiffuse._core import dispatch
-from pydiffuse._core.checks import check_no_grad, check_outs, describe, plain, values_hidden
+from pydiffuse._core.checks import (
+    check_no_grad,
+    check_outs,
+    describe,
+    is_integer,
+    narrowed,
+    plain,
+    values_hidden,
+    widest,
+)
 from pydiffuse._core.functions import differentiable, needs_function
 from pydiffuse.routing import reference
 from pydiffuse.routing.arguments import (
@@ -33,7 +42,7 @@ from pydiffuse.routing.arguments import (
     check_tokens,
     gate_of,
     group_sizes,
-    is_integer,
+    grouping,
 )
 from pydiffuse.routing.autograd import Gather, Scatter, run_scatter
 
@@ -80,9 +89,8 @@ def gather_tokens(x: Tensor, ids: Tensor) -> Tensor:
     if dispatch.forced_reference():
         return reference.gather_tokens(x, ids)
     flat = x.reshape(*x.shape[:2], x.shape[2:].numel())
-    out = (partial(differentiable, Gather) if needs_function(flat) else Gather.forward)(
-        "gather_tokens", flat, ids.to(torch.int32), None
-    )
+    gather = partial(differentiable, "routing.Gather") if needs_function(flat) else Gather.forward
+    (out,) = gather("gather_tokens", flat, narrowed(ids, x.shape[1]), None)
     return out.view(*ids.shape, *x.shape[2:])
 
 
@@ -101,7 +109,8 @@ def scatter_tokens(
     base: [B, N, D...]. y: [B, keep, D...]. ids: (B, keep) int32 or int64, unique within a sample, in any
     order. gate: a number, or a float tensor that broadcasts to (B, keep). out: a tensor like base to
     write to; base itself leaves its other tokens untouched and halves the work. It takes no part in
-    autograd. Returns [B, N, D...].
+    autograd. Under autocast base and y of two dtypes are taken in the wider one; elsewhere they must
+    be alike. Returns [B, N, D...].
     """
     op = "scatter_tokens"
     ops = dispatch.direct(op, base, y, ids)
@@ -109,6 +118,7 @@ def scatter_tokens(
         tokens = ops.scatter_tokens.new(base, y, ids)
         if tokens is not None:
             return tokens
+    base, y = widest(base, y)
     check_tokens(op, "base", base)
     check_ids(op, ids, base)
     check_tokens(op, "y", y, like=base, count=ids.shape[1])
@@ -119,11 +129,12 @@ def scatter_tokens(
         check_no_grad(op, [t for t in (base, y, g) if t is not None], [out])
     if dispatch.forced_reference():
         return reference.scatter_tokens(base, y, ids, gate, out=out)
-    shape, ids = base.shape, ids.to(torch.int32)
+    shape, ids = base.shape, narrowed(ids, base.shape[1])
     base, y = (t.reshape(*t.shape[:2], shape[2:].numel()) for t in (base, y))
     if out is None:
-        apply = partial(differentiable, Scatter) if needs_function(base, y, g) else Scatter.forward
-        return apply(op, shape[1], base, y, ids, g).view(shape)
+        learns = needs_function(base, y, g)
+        scatter = partial(differentiable, "routing.Scatter") if learns else Scatter.forward
+        return scatter(op, shape[1], base, y, ids, g)[0].view(shape)
     target = out.view(base.shape) if out.is_contiguous() else torch.empty_like(base.contiguous())
     run_scatter(op, target, base, y, ids, g)
     return out if out.is_contiguous() else out.copy_(target.view(shape))
@@ -184,16 +195,16 @@ def routed_linear(
     check_linear(x, weights, modality, bias, sizes)
     if dispatch.forced_reference():
         return reference.routed_linear(x, weights, modality, bias, sizes=sizes)
-    B, N, M = *x.shape[:2], len(weights)
-    order = modality.flatten().sort(stable=True).indices.to(torch.int32)[None]
+    B, N, M = *x.shape[:2], weights.shape[0]
     groups = group_sizes(modality, M, sizes)
+    order = grouping(modality, groups)
     op, learns = "routed_linear", needs_function(x, weights, bias)
     gather, scatter = (
-        (partial(differentiable, Gather), partial(differentiable, Scatter))
+        (partial(differentiable, "routing.Gather"), partial(differentiable, "routing.Scatter"))
         if learns
         else (Gather.forward, Scatter.forward)
     )
-    grouped = gather(op, x.reshape(1, B * N, x.shape[2]), order, None)[0]
+    grouped = gather(op, x.reshape(1, B * N, x.shape[2]), order, None)[0][0]
     if learns or torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
         parts = [
             linear(part, weights[m], None if bias is None else bias[m])
@@ -207,5 +218,5 @@ def routed_linear(
                 torch.mm(part, weights[m].t(), out=to)
             else:
                 torch.addmm(bias[m], part, weights[m].t(), out=to)
-    out = scatter(op, B * N, None, results[None], order, None)
+    (out,) = scatter(op, B * N, None, results[None], order, None)
     return out.view(B, N, weights.shape[1])

@@ -9,13 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pydiffuse._core.checks import _overlap, check_shape, describe, plain, values_hidden
+from pydiffuse._core.checks import _overlap, check_shape, describe, is_integer, plain, values_hidden
 
 INTEGERS = (torch.int32, torch.int64)
-
-
-def is_integer(value: Any) -> bool:
-    return isinstance(value, int | torch.SymInt) and not isinstance(value, bool)
 
 
 def check_tokens(
@@ -121,4 +117,18 @@ def check_linear(
 def group_sizes(modality: Tensor, M: int, sizes: Sequence[int] | None) -> list[int]:
     if sizes is not None:
         return [plain(s) for s in sizes]
+    if torch._C._are_functorch_transforms_active() and values_hidden(modality):
+        raise ValueError(
+            "routed_linear: sizes is None within a vmap; accepted: how many tokens each modality has"
+        )
     return torch.bincount(modality.flatten(), minlength=M).tolist()
+
+
+def grouping(modality: Tensor, groups: list[int]) -> Tensor:
+    """The tokens by modality, int32 [1, B N]. Where nobody could compare the sizes of the groups, a token of
+    another modality than its place's is -1, which the CPU kernels refuse."""
+    values, order = modality.flatten().sort(stable=True)
+    if values_hidden(modality) and modality.device.type == "cpu":
+        wanted = torch.cat([values.new_full((size,), m) for m, size in enumerate(groups)])
+        order = torch.where(values == wanted, order, -1)
+    return order.to(torch.int32)[None]

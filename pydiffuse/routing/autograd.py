@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pydiffuse._core.dispatch import ops_for
-from pydiffuse._core.functions import Batched, derive, needed
+from pydiffuse._core.functions import Batched, derive, run
 from pydiffuse._core.layouts import features_contiguous
 
 
@@ -22,7 +22,8 @@ def run_scatter(
     op: str, out: Tensor, base: Tensor | None, y: Tensor | None, ids: Tensor, gate: Tensor | None
 ) -> None:
     gate = None if gate is None else gate.contiguous()
-    ops_for(op, out).scatter_tokens.default(
+    run(
+        ops_for(op, out).scatter_tokens.default,
         out,
         None if base is None else features_contiguous(base),
         None if y is None else features_contiguous(y),
@@ -32,14 +33,15 @@ def run_scatter(
 
 
 class Gather(Batched):
-    """(op, x [B, N, C], ids [B, keep] int32, gate [B, keep] float32 or None) -> [B, keep, C]."""
+    """(op, x [B, N, C], ids [B, keep] int32, gate [B, keep] float32 or None) -> ([B, keep, C],)."""
 
     @staticmethod
-    def forward(op: str, x: Tensor, ids: Tensor, gate: Tensor | None) -> Tensor:  # type: ignore[override]
+    def forward(op: str, x: Tensor, ids: Tensor, gate: Tensor | None) -> tuple[Tensor]:  # type: ignore[override]
         out = torch.empty(*ids.shape, x.shape[2], dtype=x.dtype, device=x.device)
         gate = None if gate is None else gate.contiguous()
-        ops_for(op, x).gather_tokens.default(out, features_contiguous(x), ids.contiguous(), gate)
-        return out
+        gather_tokens = ops_for(op, x).gather_tokens.default
+        run(gather_tokens, out, features_contiguous(x), ids.contiguous(), gate)
+        return (out,)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -51,15 +53,15 @@ class Gather(Batched):
     def backward(ctx: Any, dout: Tensor) -> Any:  # type: ignore[override]
         x, ids, gate = ctx.saved_tensors
         dx = dgate = None
-        if needed(ctx)[1]:
-            dx = derive(Scatter, ctx.op, ctx.N, None, dout, ids, gate)
-        if gate is not None and needed(ctx)[3]:
-            dgate = (dout.float() * derive(Gather, ctx.op, x, ids, None).float()).sum(-1)
+        if ctx.needs_input_grad[1]:
+            (dx,) = derive(Scatter, ctx.op, ctx.N, None, dout, ids, gate)
+        if gate is not None and ctx.needs_input_grad[3]:
+            dgate = (dout.float() * derive(Gather, ctx.op, x, ids, None)[0].float()).sum(-1)
         return None, dx, None, dgate
 
 
 class Scatter(Batched):
-    """(op, N, base [B, N, C] or None, y [B, keep, C] or None, ids, gate or None) -> [B, N, C].
+    """(op, N, base [B, N, C] or None, y [B, keep, C] or None, ids, gate or None) -> ([B, N, C],).
 
     What is None is zeros; not both are.
     """
@@ -67,12 +69,12 @@ class Scatter(Batched):
     @staticmethod
     def forward(  # type: ignore[override]
         op: str, N: int, base: Tensor | None, y: Tensor | None, ids: Tensor, gate: Tensor | None
-    ) -> Tensor:
+    ) -> tuple[Tensor]:
         like = y if base is None else base
         assert like is not None
         out = torch.empty(ids.shape[0], N, like.shape[2], dtype=like.dtype, device=like.device)
         run_scatter(op, out, base, y, ids, gate)
-        return out
+        return (out,)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -84,15 +86,15 @@ class Scatter(Batched):
     def backward(ctx: Any, dout: Tensor) -> Any:  # type: ignore[override]
         base, y, ids, gate = ctx.saved_tensors
         dbase = dy = dgate = None
-        if needed(ctx)[2]:
-            dbase = derive(Scatter, ctx.op, ctx.N, dout, None, ids, gate)
-        if needed(ctx)[3]:
-            dy = derive(Gather, ctx.op, dout, ids, gate)
-        if gate is not None and needed(ctx)[5]:
-            there = derive(Gather, ctx.op, dout, ids, None).float()
+        if ctx.needs_input_grad[2]:
+            (dbase,) = derive(Scatter, ctx.op, ctx.N, dout, None, ids, gate)
+        if ctx.needs_input_grad[3]:
+            (dy,) = derive(Gather, ctx.op, dout, ids, gate)
+        if gate is not None and ctx.needs_input_grad[5]:
+            there = derive(Gather, ctx.op, dout, ids, None)[0].float()
             dgate = torch.zeros_like(gate)
             if y is not None:
                 dgate = dgate + (there * y.float()).sum(-1)
             if base is not None:
-                dgate = dgate - (there * derive(Gather, ctx.op, base, ids, None).float()).sum(-1)
+                dgate = dgate - (there * derive(Gather, ctx.op, base, ids, None)[0].float()).sum(-1)
         return None, None, dbase, dy, None, dgate

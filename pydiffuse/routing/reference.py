@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from pydiffuse._core.draws import drawn
+
 
 def _up(t: Tensor) -> Tensor:
     return t if t.dtype == torch.float64 else t.float()
@@ -18,8 +20,13 @@ def _beside(values: Tensor, x: Tensor) -> Tensor:
     return values.reshape(*values.shape, *[1] * (x.dim() - 2))
 
 
+def whole(number: float) -> int:
+    """The integer below, for a number >= 0, a symbol for a symbol."""
+    return torch.sym_int(number)
+
+
 def kept(N: int, keep: int | float) -> int:
-    return keep if isinstance(keep, int) else int(keep * N + 0.5)
+    return whole(keep * N + 0.5) if isinstance(keep, float) else keep
 
 
 def route(
@@ -31,7 +38,7 @@ def route(
     device: torch.device | str | None = None,
 ) -> Tensor:
     """The places of the largest of N random numbers, sorted: every subset is as likely as any other."""
-    keys = torch.rand(B, N, generator=generator, device=device, dtype=torch.float64)
+    keys = drawn(torch.rand, (B, N), generator, device, dtype=torch.float64)
     return keys.topk(kept(N, keep), 1, sorted=False).indices.sort(1).values
 
 
@@ -62,7 +69,7 @@ def channel_mask(
 ) -> Tensor:
     """Denoising task routing (arXiv 2310.07138, 4.2): a window of floor(beta C) of C channels that
     starts at round((C - floor(beta C)) level^alpha)."""
-    width = int(beta * channels)
+    width = whole(beta * channels)
     level = torch.as_tensor(level).double()
     start = ((channels - width) * level**alpha).round()[..., None]
     channel = torch.arange(channels, device=level.device)

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from pydiffuse._core import dispatch
-from pydiffuse._core.checks import check_flag, check_shape, written
-from pydiffuse._core.functions import differentiable, needs_function
+from pydiffuse._core.checks import check_flag, check_shape, parameter_dtypes, written
+from pydiffuse._core.functions import differentiable, may_learn, needs_function
 from pydiffuse.conv import causal_conv1d
 from pydiffuse.paths import ScanPath
 from pydiffuse.paths.steps import PathLike, check_layout, steps_of, usual_order
 from pydiffuse.scan import reference
 from pydiffuse.scan.arguments import last_state, scan_arguments, update_arguments
-from pydiffuse.scan.autograd import SelectiveScan, run_scan
+from pydiffuse.scan.autograd import run_scan
 
 
 def selective_scan(
@@ -93,7 +93,7 @@ def selective_scan(
     if dispatch.forced_reference():
         return reference.selective_scan(*given, return_last_state, **where, layout=layout)
     if needs_function(u, delta, A, B, C, D, z, delta_bias, initial_state):
-        y, _, *states = differentiable(SelectiveScan, "selective_scan", return_last_state, *args)
+        y, _, *states = differentiable("scan.SelectiveScan", "selective_scan", return_last_state, *args)
         last = states[0] if states else None
     else:
         y, last, _ = run_scan("selective_scan", args, with_last=return_last_state, with_chunks=False)
@@ -133,6 +133,10 @@ def selective_state_update(
             f"{op}: it takes no part in autograd, and an argument requires a gradient;"
             " call it under torch.no_grad()"
         )
+    if torch._C._are_functorch_transforms_active() or may_learn():
+        y, new = differentiable("scan.StateUpdate", folded.float().contiguous(), *rest, dt_softplus)
+        state.copy_(new.view(state.shape))
+        return y.view(x.shape)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     here = state.dtype is torch.float32 and state.is_contiguous()
     new = folded if here else folded.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
@@ -190,7 +194,7 @@ def zigzag_mamba_inner(
     D_ = width // 2
     if width % 2:
         raise ValueError(f"{op}: xz has {width} channels; accepted: an even number, x and then z")
-    check_shape(op, "A", A, (D_, None), "(D, N)", like=xz, dtypes=(torch.float32,))
+    check_shape(op, "A", A, (D_, None), "(D, N)", like=xz, dtypes=parameter_dtypes(xz))
     N = A.shape[1]
     if isinstance(conv1d_weight, Tensor) and conv1d_weight.dim() == 3:
         check_shape(op, "conv1d_weight", conv1d_weight, (D_, 1, None), "(D, 1, W)", like=xz)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pydiffuse._core.checks import check_flag, check_shape, describe
+from pydiffuse._core.checks import check_flag, check_shape, describe, parameter_dtypes
 from pydiffuse._core.layouts import dense
 from pydiffuse._core.structs import MAX_STATES, ScanArguments
 from pydiffuse.paths.steps import check_layout, steps_of
@@ -64,8 +64,8 @@ def scan_arguments(
         text = "(D, N)" if len(sizes) == 2 else "(D,)"
         text = text if K is None else f"{text} or {text.replace('(', '(K, ')}"
         expected = sizes if K is None or one else (paths, *sizes)
-        check_shape(op, name, t, expected, text, like=u, dtypes=(torch.float32,))
-        return (t.expand(paths, *t.shape) if one else t).contiguous()
+        check_shape(op, name, t, expected, text, like=u, dtypes=parameter_dtypes(u))
+        return _float(t.expand(paths, *t.shape) if one else t).contiguous()
 
     if isinstance(A, Tensor) and A.is_complex():
         raise TypeError(
@@ -102,20 +102,20 @@ def scan_arguments(
         return t.transpose(-1, -2) if bdl else t.transpose(2, 3)
 
     B, C = weights("B", B), weights("C", C)
-    groups = {t.shape[2] for t in (B, C) if t.dim() == 5}
-    if len(groups) > 1:
+    groups = [t.shape[2] for t in (B, C) if t.dim() == 5]
+    if groups and groups[0] != groups[-1]:
         raise ValueError(f"{op}: B has {B.shape[2]} groups and C has {C.shape[2]}; they must be equal")
-    if groups and (min(groups) == 0 or channels % min(groups)):
+    if groups and (groups[0] == 0 or channels % groups[0]):
         raise ValueError(
-            f"{op}: B and C have {min(groups)} groups and there are {channels} channels;"
+            f"{op}: B and C have {groups[0]} groups and there are {channels} channels;"
             " the groups must divide the channels"
         )
     if initial is not None:
         one, several = cu_seqlens is None, K is not None
         sizes = (batch, *(() if one else (steps.sequences,)), *((paths,) if several else ()), channels, N)
         text = f"(B, {'' if one else 'S, '}{'K, ' if several else ''}D, N)"
-        check_shape(op, "initial_state", initial, sizes, text, like=u, dtypes=(torch.float32,))
-        initial = initial.reshape(batch, steps.sequences, paths, channels, N)
+        check_shape(op, "initial_state", initial, sizes, text, like=u, dtypes=parameter_dtypes(u))
+        initial = _float(initial).reshape(batch, steps.sequences, paths, channels, N)
         initial = (initial.flip(1) if reverse and not one else initial).contiguous()
     return ScanArguments(
         dense(u.transpose(1, 2) if bdl else u),
@@ -131,6 +131,11 @@ def scan_arguments(
         steps.offsets,
         softplus,
     ), K
+
+
+def _float(t: Tensor) -> Tensor:
+    """float32, or what the reference takes as it is."""
+    return t.float() if t.dtype in (torch.bfloat16, torch.float16) else t
 
 
 def last_state(last: Tensor, K: int | None, cu_seqlens: Any, reverse: bool) -> Tensor:

@@ -12,10 +12,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from pydiffuse._core.dispatch import ops_for, scan_backward_ops
-from pydiffuse._core.functions import derive, second_derivative, vmap_batches
+from pydiffuse._core.functions import (
+    Batched,
+    Operation,
+    derive,
+    folded,
+    run,
+    second_derivative,
+    unfolded,
+    vmap_batches,
+)
 from pydiffuse._core.layouts import dense, new_tokens, of_gradient
 from pydiffuse._core.structs import CHUNK, ScanArguments
 
@@ -36,12 +44,12 @@ def run_scan(
     sequences = 1 if args.offsets is None else args.offsets.numel() - 1
     last = args.A.new_empty(batch, sequences, K, channels, N) if with_last else None
     chunks = args.A.new_empty(batch, K, chunk_count(L), channels, N) if with_chunks else None
-    ops_for(op, args.u).selective_scan.default(out, last, chunks, *args)
+    run(ops_for(op, args.u).selective_scan.default, out, last, chunks, *args)
     # No `to` that changes nothing: Dynamo (torch 2.11) loses the gradient of an output that has been through it.
     return out if out.dtype == args.u.dtype else out.to(args.u.dtype), last, chunks
 
 
-class SelectiveScan(Function):
+class SelectiveScan(Operation):
     """(op, with_last, *ScanArguments) -> y, chunk states, and the last states if asked for."""
 
     @staticmethod
@@ -69,12 +77,12 @@ class SelectiveScan(Function):
         gradients = derive(SelectiveScanBackward, ctx.op, dy, dlast, chunks, *args, ctx.softplus)
         return None, None, *gradients, None, None, None
 
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-        return vmap_batches(SelectiveScan, info, in_dims, args, parameters=(4, 7, 9, 11, 12))
+    @classmethod
+    def mapped(cls, apply: Any, info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+        return vmap_batches(apply, info, in_dims, args, parameters=(4, 7, 9, 11, 12))
 
 
-class SelectiveScanBackward(Function):
+class SelectiveScanBackward(Operation):
     """(op, dy, dlast, chunks, *ScanArguments) -> the gradients of u .. initial, None for None."""
 
     @staticmethod
@@ -112,7 +120,38 @@ class SelectiveScanBackward(Function):
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         raise second_derivative(ctx.op)
 
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+    @classmethod
+    def mapped(cls, apply: Any, info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
         # Gradients of parameters belong to one sample of the vmap: nothing folds.
-        return vmap_batches(SelectiveScanBackward, info, in_dims, args, parameters=None)
+        return vmap_batches(apply, info, in_dims, args, parameters=None)
+
+
+class StateUpdate(Batched):
+    """(state [B, D, N], x, dt, A [D, N], B, C [B, G, N], D, z, dt_bias, softplus) -> y [B, D], the new state.
+
+    All contiguous, the state and parameters float32."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        state: Tensor, x: Tensor, *rest: Any
+    ) -> tuple[Tensor, Tensor]:
+        out, state = torch.empty_like(x), state.clone()
+        ops_for("selective_state_update", x).selective_state_update.default(out, state, x, *rest)
+        return out, state
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        raise NotImplementedError(
+            "selective_state_update: it takes no part in autograd; accepted: calls under torch.no_grad()"
+        )
+
+    @classmethod
+    def mapped(cls, apply: Any, info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+        if any(in_dims[i] is not None for i in (3, 6, 8)):  # parameters
+            return vmap_batches(apply, info, in_dims, args, parameters=None)
+        flat = [t if i in (3, 6, 8) else folded(info, in_dims[i], t) for i, t in enumerate(args)]
+        return unfolded(info, apply(*flat))

@@ -11,7 +11,7 @@ from torch import Tensor
 from pydiffuse import attention, plans
 from pydiffuse._core.checks import describe
 from pydiffuse.integrations.comfyui.guidance import KEY
-from pydiffuse.integrations.diffusers_masks import Masks
+from pydiffuse.integrations.masks import Masks
 from pydiffuse.plans import TilePlan
 
 OP = "tile_attention"

@@ -7,23 +7,52 @@ attention of its models.
 
 # Where the `from_pretrained` of a pipeline looks for the kinds of its parts.
 from diffusers.guiders import BaseGuidance as BaseGuidance
+from diffusers.schedulers.scheduling_utils import SchedulerMixin as SchedulerMixin
 
 from pydiffuse.integrations.diffusers.attention import attention_plan
+from pydiffuse.integrations.diffusers.frequency import FrequencyDecoupledGuidance
 from pydiffuse.integrations.diffusers.guiders import (
     AdaptiveProjectedGuidance,
+    AdaptiveProjectedMixGuidance,
     ClassifierFreeGuidance,
     ClassifierFreeZeroStarGuidance,
     MagnitudeAwareGuidance,
     TangentialClassifierFreeGuidance,
 )
+from pydiffuse.integrations.diffusers.perturbed import (
+    AutoGuidance,
+    LTX2Guidance,
+    PerturbedAttentionGuidance,
+    SkipLayerGuidance,
+    SmoothedEnergyGuidance,
+)
+from pydiffuse.integrations.diffusers.schedulers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+    fuse_scheduler,
+)
 
 __all__ = [
     "AdaptiveProjectedGuidance",
+    "AdaptiveProjectedMixGuidance",
+    "AutoGuidance",
     "ClassifierFreeGuidance",
     "ClassifierFreeZeroStarGuidance",
+    "DDIMScheduler",
+    "DPMSolverMultistepScheduler",
+    "FlowMatchEulerDiscreteScheduler",
+    "FrequencyDecoupledGuidance",
+    "LTX2Guidance",
     "MagnitudeAwareGuidance",
+    "PerturbedAttentionGuidance",
+    "SkipLayerGuidance",
+    "SmoothedEnergyGuidance",
     "TangentialClassifierFreeGuidance",
+    "UniPCMultistepScheduler",
     "attention_plan",
+    "fuse_scheduler",
 ]
 
 for _name in __all__:  # the name that a saved pipeline keeps

@@ -30,8 +30,8 @@ from torch.utils import checkpoint
 from pydiffuse._core.checks import describe
 from pydiffuse.attention import tile_attention
 from pydiffuse.integrations.diffusers.layers import Attention, Layers, current_attention
-from pydiffuse.integrations.diffusers.masks import Masks
 from pydiffuse.integrations.hooks import Hooks
+from pydiffuse.integrations.masks import Masks
 from pydiffuse.plans import TilePlan
 
 OP = "attention_plan"

@@ -6,6 +6,7 @@ does not exist). `pred_cond` and `pred_uncond` of the output are the model's, un
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import diffusers.guiders as theirs
@@ -14,6 +15,7 @@ from diffusers.guiders.guider_utils import GuiderOutput
 from torch import Tensor
 
 from pydiffuse import guidance
+from pydiffuse.integrations.diffusers.linear import combinations
 
 
 def _unguided(cond: Tensor, uncond: Tensor | None) -> GuiderOutput:
@@ -77,34 +79,92 @@ class MagnitudeAwareGuidance(theirs.MagnitudeAwareGuidance):
         return GuiderOutput(pred=pred, pred_cond=pred_cond, pred_uncond=pred_uncond)
 
 
+def _apg(
+    cond: Tensor,
+    uncond: Tensor,
+    scale: float,
+    buffer: Any,
+    dims: Sequence[int] | None,
+    options: dict[str, Any],
+) -> Tensor:
+    """Adaptive projected guidance, norms over `dims`; the buffer of momentum, if any, is updated."""
+    momentum: Any = None
+    state: Any = None
+    if buffer is not None:
+        momentum = buffer.momentum
+        state = buffer.running_average if isinstance(buffer.running_average, Tensor) else None
+    if dims is None:
+        pred = guidance.apg(cond, uncond, scale, momentum=momentum, state=state, **options)
+        if buffer is not None:
+            pred, buffer.running_average = pred
+        return pred
+    # What has a norm of its own is a sample; a rescale knows only the samples there are.
+    rescale = options.pop("rescale")
+    over = sorted({d % cond.dim() for d in dims})
+    order = [d for d in range(cond.dim()) if d not in over] + over
+    back = [order.index(d) for d in range(cond.dim())]
+    rest = cond.dim() - len(over)
+
+    def rows(t: Any) -> Any:
+        if t is None:
+            return None
+        moved = t.permute(order)
+        return moved.reshape(-1, *moved.shape[rest:])
+
+    def whole(t: Tensor) -> Tensor:
+        return t.reshape([cond.shape[d] for d in order]).permute(back)
+
+    pred = guidance.apg(rows(cond), rows(uncond), scale, momentum=momentum, state=rows(state), **options)
+    if buffer is not None:
+        pred, average = pred
+        buffer.running_average = whole(average)
+    pred = whole(pred)
+    return guidance.rescale(pred, cond, rescale) if rescale else pred
+
+
 class AdaptiveProjectedGuidance(theirs.AdaptiveProjectedGuidance):
-    """diffusers' AdaptiveProjectedGuidance by pydiffuse.apg; norms are over whole samples."""
+    """diffusers' AdaptiveProjectedGuidance by pydiffuse.apg, norms over `adaptive_projected_guidance_norm_dim`."""
 
     def forward(self, pred_cond: Tensor, pred_uncond: Tensor | None = None) -> GuiderOutput:
         if pred_uncond is None or not self._is_apg_enabled():
             return _unguided(pred_cond, pred_uncond)
-        if self.adaptive_projected_guidance_norm_dim is not None:
-            raise ValueError(
-                f"AdaptiveProjectedGuidance: adaptive_projected_guidance_norm_dim is"
-                f" {self.adaptive_projected_guidance_norm_dim}; accepted: None (the whole sample)."
-                " diffusers' own guider takes norms over some dimensions"
-            )
         options = {
             "eta": self.eta,
             "norm_threshold": self.adaptive_projected_guidance_rescale,
             **_common(self),
         }
-        buffer = self.momentum_buffer
-        if buffer is None:
-            pred = guidance.apg(pred_cond, pred_uncond, self.guidance_scale, **options)
+        dims: Any = self.adaptive_projected_guidance_norm_dim
+        dims = [dims] if isinstance(dims, int) else dims
+        pred = _apg(pred_cond, pred_uncond, self.guidance_scale, self.momentum_buffer, dims, options)
+        return GuiderOutput(pred=pred, pred_cond=pred_cond, pred_uncond=pred_uncond)
+
+
+class AdaptiveProjectedMixGuidance(theirs.AdaptiveProjectedMixGuidance):
+    """diffusers' AdaptiveProjectedMixGuidance: pydiffuse.cfg, and the momentum's update in the same pass, then
+    pydiffuse.apg."""
+
+    def forward(self, pred_cond: Tensor, pred_uncond: Tensor | None = None) -> GuiderOutput:
+        if pred_uncond is None or not self._is_cfg_enabled():
+            return _unguided(pred_cond, pred_uncond)
+        buffer, common = self.momentum_buffer, _common(self)
+        if self._is_apg_enabled():
+            options = {
+                "eta": self.eta,
+                "norm_threshold": self.adaptive_projected_guidance_rescale,
+                **common,
+            }
+            scale = self.adaptive_projected_guidance_scale
+            pred = _apg(pred_cond, pred_uncond, scale, buffer, None, options)
+        elif buffer is None:
+            pred = guidance.cfg(pred_cond, pred_uncond, self.guidance_scale, **common)
         else:
-            state = buffer.running_average if isinstance(buffer.running_average, Tensor) else None
-            pred, buffer.running_average = guidance.apg(
-                pred_cond,
-                pred_uncond,
-                self.guidance_scale,
-                momentum=buffer.momentum,
-                state=state,
-                **options,
-            )
+            w = self.guidance_scale
+            terms, guided = [pred_cond, pred_uncond], [w + common["original"], 1 - common["original"] - w]
+            moved = [1.0, -1.0]
+            if isinstance(buffer.running_average, Tensor):
+                terms.append(buffer.running_average)
+                guided, moved = [*guided, 0.0], [*moved, buffer.momentum]
+            pred, buffer.running_average = combinations(pred_cond.dtype, terms, guided, moved)
+            if common["rescale"]:
+                pred = guidance.rescale(pred, pred_cond, common["rescale"])
         return GuiderOutput(pred=pred, pred_cond=pred_cond, pred_uncond=pred_uncond)
