@@ -2,7 +2,7 @@
 
 PYDIFFUSE_CUDA=0|1|auto (default auto: where nvcc is found and nvidia-smi lists a GPU), PYDIFFUSE_CUDA_ARCHS
 (default "80;90a;100"), PYDIFFUSE_JAX=0|1|auto (default auto: where jaxlib is installed), CXX, CXXFLAGS,
-LDFLAGS (default -s), NVCC and MAX_JOBS are read from the environment.
+LDFLAGS (default -s; not on macOS), NVCC and MAX_JOBS are read from the environment.
 Commands name files from the root of the repository: a copy of it with its build folder is up to date.
 """
 
@@ -36,6 +36,8 @@ TORCH = "-DTORCH_TARGET_VERSION=0x020b000000000000ULL " + " ".join(
     f"-isystem {shlex.quote(p)}" for p in include_paths()
 )
 PYTHON = f"-isystem {shlex.quote(sysconfig.get_path('include'))}"
+# On macOS Python's symbols are found where the extension is loaded.
+LINKING = "-undefined dynamic_lookup" if sys.platform == "darwin" else "-s"
 NVCC = (
     "-std=c++20 -O3 --expt-relaxed-constexpr -Xcompiler -fPIC,-fvisibility=hidden"
     " -DUSE_CUDA -diag-suppress 20012"
@@ -97,23 +99,23 @@ class NinjaBuild(build_ext):
 
     def build_extensions(self) -> None:
         self.temp.mkdir(parents=True, exist_ok=True)
-        cuda = cuda_compiler()
+        cuda, compiler = cuda_compiler(), os.environ.get("CXX", "g++")
         archs = os.environ.get("PYDIFFUSE_CUDA_ARCHS", "80;90a;100").split(";")
         built_for = f"""-DPYDIFFUSE_CUDA_ARCHS='"{";".join(archs) if cuda else ""}"'"""
         codes = " ".join(f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs)
-        more, linking = os.environ.get("CXXFLAGS", ""), os.environ.get("LDFLAGS", "-s")
+        more, linking = os.environ.get("CXXFLAGS", ""), os.environ.get("LDFLAGS", LINKING)
         lines = [
             f"builddir = {escaped(self.temp)}",
             "rule cxx\n command = $cxx $flags -MMD -MF $out.d -c $in -o $out\n depfile = $out.d\n deps = gcc",
             f"rule link\n command = $cxx -shared $in -o $out $libs {linking}",
-            f"cxx = {os.environ.get('CXX', 'g++')}",
+            f"cxx = {compiler}",
         ]
 
         def compiled(source: Path, flags: str, tag: str = "") -> str:
             obj = escaped(object_of(source, tag, self.temp))
             flags = f"{flags} {more}" if source.suffix != ".cu" else flags
-            compiler = f"\n cxx = {shlex.quote(cuda)}" if cuda and source.suffix == ".cu" else ""
-            lines.append(f"build {obj}: cxx {escaped(source)}\n flags = {flags}{compiler}")
+            other = f"\n cxx = {shlex.quote(cuda)}" if cuda and source.suffix == ".cu" else ""
+            lines.append(f"build {obj}: cxx {escaped(source)}\n flags = {flags}{other}")
             return obj
 
         def linked(name: str, objects: list[str], libs: str) -> None:
@@ -124,8 +126,8 @@ class NinjaBuild(build_ext):
         kernels = [
             compiled(
                 source,
-                f"{CXX} {flags} {EXTRA.get((source.stem, isa), '')} -Wno-maybe-uninitialized"
-                f" -DPYDIFFUSE_ISA={isa}",
+                f"{CXX} {flags} {EXTRA.get((source.stem, isa), '')} -DPYDIFFUSE_ISA={isa}"
+                f" -Wno-{'unknown-warning-option' if 'clang' in compiler else 'maybe-uninitialized'}",
                 f".{isa}",
             )
             for source in sorted((ROOT / "csrc/cpu").glob("*.cpp"))

@@ -33,7 +33,12 @@ struct Singles {
 struct Pairs {
   static constexpr int PAIR = 2;
   static vfloat multiply_add(vfloat sum, vfloat a, vfloat b) {
+#if defined(__clang__) && __clang_major__ < 17  // whose optimiser does not survive the casts
+    asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+    return sum;
+#else
     return (vfloat)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+#endif
   }
   static vfloat pairs(vfloat low, vfloat high) {  // 2 WIDTH numbers, rounded, in their order
     return (vfloat)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);

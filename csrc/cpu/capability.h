@@ -12,8 +12,8 @@ enum class Capability : int { baseline, avx2, avx512 };
 inline Capability detect_capability() {
   Capability best = Capability::baseline;
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-      __builtin_cpu_supports("f16c")) {
+  // CPUs with AVX2 have F16C, which Clang 16 cannot be asked for.
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
     best = Capability::avx2;
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw"))

@@ -22,10 +22,11 @@ struct Taps {
 
   Taps() = default;
   Taps(const ConvCall& call, int64_t channel, int lanes) {
+    const int width = call.width;
+    if (width > MAX_WIDTH) __builtin_unreachable();  // checked by the bindings
     float lane[MAX_WIDTH][WIDTH];
-    rows_to_lanes(call.weight + channel * call.width, call.width, lanes, call.width, call.width,
-                  1.0f, lane[0]);
-    for (int w = 0; w < call.width; ++w) tap[w] = load<vfloat>(lane[w]);
+    rows_to_lanes(call.weight + channel * width, width, lanes, width, width, 1.0f, lane[0]);
+    for (int w = 0; w < width; ++w) tap[w] = load<vfloat>(lane[w]);
     bias = call.bias ? read_lanes<F32>(call.bias + channel, lanes) : vfloat{};
   }
 };

@@ -32,8 +32,7 @@ struct GramSums {
   void add(const typename E::Bits* const* p, int64_t i) {
     for (int h = 0; h < 2; ++h) {
       vdouble x[K];
-      for (int a = 0; a < K; ++a)
-        x[a] = __builtin_convertvector(E::read_half(p[a] + i, h), vdouble);
+      for (int a = 0; a < K; ++a) x[a] = widened(E::read_half(p[a] + i, h));
       int e = 0;
       for (int a = 0; a < K; ++a)
         for (int b = a; b < K; ++b, ++e) acc[e][h] += x[a] * x[b];
@@ -44,7 +43,9 @@ struct GramSums {
   template <class E>
   void add_all(const typename E::Bits* const* p, int64_t n) {
     int64_t i = 0;
-    for (; i + WIDTH <= n; i += WIDTH) add<E>(p, i);
+    GramSums sums = *this;  // in registers: p might point at *this
+    for (; i + WIDTH <= n; i += WIDTH) sums.template add<E>(p, i);
+    *this = sums;
     if (i == n) return;
     typename E::Bits tail[K][WIDTH] = {};  // zeros add nothing
     const typename E::Bits* q[K];
@@ -166,7 +167,7 @@ void weigh(const Sum<typename E::Bits>& sum, int64_t n, typename E::Bits* dst, b
     const vint o = AROUND ? (vint)E::read(around + at) : vint{};
     for (int m = 0; m < M; ++m) {
       const vfloat x = E::read(term[m] + at);
-      y += w[m] * (AROUND ? x - (vfloat)(o & minus[m]) : x);
+      y = fused(w[m], AROUND ? x - (vfloat)(o & minus[m]) : x, y);
     }
     return y;
   };
@@ -183,7 +184,7 @@ void weigh(const Sum<typename E::Bits>& sum, int64_t n, typename E::Bits* dst, b
     float y = more ? E::read_one(dst + i) : shift;
     const float o = AROUND ? E::read_one(around + i) : 0;
     for (int m = 0; m < M; ++m)
-      y += c[m] * (E::read_one(term[m] + i) - (AROUND && !apart[m] ? o : 0));
+      y = fused(c[m], E::read_one(term[m] + i) - (AROUND && !apart[m] ? o : 0), y);
     E::write_one(dst + i, y);
   }
 }

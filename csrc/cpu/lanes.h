@@ -2,50 +2,60 @@
 // rows of WIDTH channels whatever their dtype and layout.
 #pragma once
 
+#include <utility>
+
 #include "../scan.h"
 #include "simd.h"
 
 namespace pydiffuse {
 namespace {
 
-// The blocks of STEP lanes at even (odd) places of a, then those of b.
-template <int STEP>
-inline vfloat every_other(vfloat a, vfloat b, bool odd) {
-  vint even_lane, odd_lane;
-  for (int i = 0; i < WIDTH; ++i) {
-    const int block = i / STEP, within = i % STEP;
-    even_lane[i] = 2 * block * STEP + within;  // of the 2 WIDTH lanes of a and b
-    odd_lane[i] = even_lane[i] + STEP;
-  }
-  return odd ? __builtin_shuffle(a, b, odd_lane) : __builtin_shuffle(a, b, even_lane);
+// Lane i of the result is lane Place::of(i) of a and b, those of b being counted from WIDTH on.
+template <class Place, int... LANE>
+inline vfloat lanes_of(vfloat a, vfloat b, std::integer_sequence<int, LANE...>) {
+  return __builtin_shufflevector(a, b, Place::of(LANE)...);
 }
+template <class Place>
+inline vfloat lanes_of(vfloat a, vfloat b) {
+  return lanes_of<Place>(a, b, std::make_integer_sequence<int, WIDTH>{});
+}
+
+// The blocks of STEP lanes at even (odd) places of a, then those of b.
+template <int STEP, bool ODD>
+struct EveryOther {
+  static constexpr int of(int i) { return (2 * (i / STEP) + ODD) * STEP + i % STEP; }
+};
 
 // v[0..WIDTH) -> the vector of their sums over lanes, in a fixed order: halves of halves.
 template <int APART = 1>
 inline vfloat lane_sums(vfloat* v) {
   constexpr int STEP = WIDTH / (2 * APART);
   for (int i = 0; i < WIDTH; i += 2 * APART)
-    v[i] =
-        every_other<STEP>(v[i], v[i + APART], false) + every_other<STEP>(v[i], v[i + APART], true);
+    v[i] = lanes_of<EveryOther<STEP, false>>(v[i], v[i + APART]) +
+           lanes_of<EveryOther<STEP, true>>(v[i], v[i + APART]);
   if constexpr (2 * APART < WIDTH)
     return lane_sums<2 * APART>(v);
   else
     return v[0];
 }
 
+// Lanes with (i & STEP) == 0 from a, the others from b STEP places before; or what is left.
+template <int STEP, bool REST>
+struct Exchanged {
+  static constexpr int of(int i) {
+    if (REST) return i & STEP ? WIDTH + i : i + STEP;
+    return i & STEP ? WIDTH + i - STEP : i;
+  }
+};
+
 // v[i][j] <-> v[j][i]
 template <int STEP = 1>
 inline void transpose(vfloat* v) {
-  vint low, high;  // lanes with (i & STEP) == 0 from a, the others from b STEP places before
-  for (int i = 0; i < WIDTH; ++i) {
-    low[i] = i & STEP ? WIDTH + i - STEP : i;
-    high[i] = i & STEP ? WIDTH + i : i + STEP;
-  }
   for (int i = 0; i < WIDTH; ++i)
     if (!(i & STEP)) {
       const vfloat a = v[i], b = v[i + STEP];
-      v[i] = __builtin_shuffle(a, b, low);
-      v[i + STEP] = __builtin_shuffle(a, b, high);
+      v[i] = lanes_of<Exchanged<STEP, false>>(a, b);
+      v[i + STEP] = lanes_of<Exchanged<STEP, true>>(a, b);
     }
   if constexpr (2 * STEP < WIDTH) transpose<2 * STEP>(v);
 }

@@ -30,11 +30,11 @@ inline vfloat vexp2(vfloat t) {
   p = p * r + 6.9314698e-1f;
   p = p * r + 1.0f;
 #if defined(__AVX512F__)
-  return (vfloat)_mm512_scalef_ps((__m512)p, (__m512)n);
+  return (vfloat)_mm512_maskz_scalef_ps(0xffff, (__m512)p, (__m512)n);
 #else
   const vfloat y = (vfloat)((vint)p + ((vint)z << 23));
   const vfloat outside = t < 0.0f ? vfloat{} : t > 0.0f ? splat(__builtin_inff()) : t;
-  return (t > -126.0f) & (t < 128.0f) ? y : outside;  // NaN is outside, and is t
+  return ((t > -126.0f) & (t < 128.0f)) ? y : outside;  // NaN is outside, and is t
 #endif
 }
 

@@ -135,13 +135,11 @@ void begin(const MixPatchesArgs& a, int64_t item, Strip& s) {
     from[i] = a.transposed ? &s.matrix[term][out] : &s.matrix[out][term];
   }
   for (int64_t p = 0; p < w.n; p += HALF) {
-    const auto at = [&](const float* t) {
-      return __builtin_convertvector(load<vhalf>(t + p), vdouble);
-    };
+    const auto at = [&](const float* t) { return widened(load<vhalf>(t + p)); };
     coefficients(a.rule, Levels<vdouble>{at(now), at(next), at(before)}, scale, s.matrix);
     if (guided)
       for (auto& row : s.matrix) row[TERM_UNCOND] += row[TERM_PRED];
-    for (int i = 0; i < places; ++i) store(value[i] + p, __builtin_convertvector(*from[i], vhalf));
+    for (int i = 0; i < places; ++i) store(value[i] + p, narrowed(*from[i]));
   }
 
   if (s.any_stays) lay_out(stays, w, patch, s, s.stays);
@@ -179,25 +177,6 @@ inline void for_rows(const Grid& g, int64_t z, int64_t y, int64_t rows, int64_t 
   for_bands(g, z, y, rows, n, [&](int64_t row, int64_t to) {
     for (int64_t i = 0; i < g.patch[1]; ++i) f(row + i * g.size[2], to);
   });
-}
-
-// y + a b, rounded once where the CPU can. Spelled out: of two products in a sum a compiler may
-// fuse either, and every way through this file must come to the same bits.
-inline vfloat fused(vfloat a, vfloat b, vfloat y) {
-#if defined(__AVX512F__)
-  return (vfloat)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)y);
-#elif defined(__AVX2__)
-  return (vfloat)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)y);
-#else
-  return y + a * b;
-#endif
-}
-inline float fused(float a, float b, float y) {
-#if defined(__FMA__) || defined(__AVX512F__)
-  return __builtin_fmaf(a, b, y);
-#else
-  return y + a * b;
-#endif
 }
 
 // Columns [i, n) of some rows, `pitch` apart, of one output: what is left after whole vectors.

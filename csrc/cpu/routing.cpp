@@ -8,7 +8,7 @@
 namespace pydiffuse {
 namespace {
 
-constexpr int64_t LINE = 64;  // bytes
+[[maybe_unused]] constexpr int64_t LINE = 64;  // bytes
 
 // Whole lines past the caches, where asked for and the target lies on one.
 void copy_token(char* to, const char* from, int64_t bytes, bool past_cache) {

@@ -49,12 +49,50 @@ template <class V, class T>
 inline void store(T* p, V v) {
   std::memcpy(p, &v, sizeof v);
 }
+// Spelled out: g++ 12 converts half a vector at a time and puts the halves together.
+inline vdouble widened(vhalf v) {
+#if defined(__AVX512F__)
+  return (vdouble)_mm512_cvtps_pd((__m256)v);
+#elif defined(__AVX2__)
+  return (vdouble)_mm256_cvtps_pd((__m128)v);
+#else
+  return __builtin_convertvector(v, vdouble);
+#endif
+}
+inline vhalf narrowed(vdouble v) {
+#if defined(__AVX512F__)
+  return (vhalf)_mm512_maskz_cvtpd_ps(0xff, (__m512d)v);
+#elif defined(__AVX2__)
+  return (vhalf)_mm256_cvtpd_ps((__m256d)v);
+#else
+  return __builtin_convertvector(v, vhalf);
+#endif
+}
 inline double lane_sum(vdouble v) {  // in a fixed order: halves of halves
   double lane[HALF];
   std::memcpy(lane, &v, sizeof v);
   for (int width = HALF / 2; width > 0; width /= 2)
     for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
   return lane[0];
+}
+
+// y + a b, rounded once where the CPU can. Spelled out: of two products in a sum a compiler may
+// fuse either, and every way through a kernel must come to the same bits.
+inline vfloat fused(vfloat a, vfloat b, vfloat y) {
+#if defined(__AVX512F__)
+  return (vfloat)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)y);
+#elif defined(__AVX2__)
+  return (vfloat)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)y);
+#else
+  return y + a * b;
+#endif
+}
+inline float fused(float a, float b, float y) {
+#if defined(__FMA__) || defined(__AVX512F__)
+  return __builtin_fmaf(a, b, y);
+#else
+  return y + a * b;
+#endif
 }
 
 inline float bits_to_float(uint32_t u) {
