@@ -49,7 +49,7 @@ for name, pair in PAIRS.items():
     before, after = map(jax.jit, pair)
     differ = jnp.abs(before(cond, uncond) - after(cond, uncond)).max()
     slow, fast = (
-        1e3 * min(repeat(lambda f=f: jax.block_until_ready(f(cond, uncond)), number=1))
+        1e3 * min(repeat(lambda f=f: jax.block_until_ready(f(cond, uncond)), number=1, repeat=3))
         for f in (before, after)
     )
     print(f"{name:22} {slow:9.2f}   {fast:9.2f}   differ by {differ:.1e}")

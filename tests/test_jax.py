@@ -44,10 +44,15 @@ CASES = [
     (stem, case)
     for stem, (cases, *_) in FAMILIES.items()
     for case in cases.CASES
-    if hasattr(pj, case.op) and case.op != "route"
+    if hasattr(pj, case.op)
+    and case.op != "route"
+    and (stem != "bld" or case.name in ("mamba", "groups", "paths", "sequences"))
+    and (stem != "guidance" or case.name not in ("rescaled", "first", "one", "none", "or", "per_sample"))
 ]
 ROUNDED = {"gram"}
 """Float64 in torch."""
+DEFINED = {c.id for c in {case.op + str(i % 3): case for i, (_, case) in enumerate(CASES)}.values()}
+"""Cases that pydiffuse.jax.reference computes, too: three of each op at most."""
 INVERTED = {"superpose-and": 1e-3}
 """A linear system solved in float32, where the others have float64."""
 
@@ -158,6 +163,8 @@ def test_values_and_gradients(stem, case):
         assert error(found, expected) <= max(looser, tolerance.value)
     for found, expected in zip(grads, slopes, strict=True):
         assert error(found, expected, least=1e-6) <= max(looser, 3 * tolerance.grad)
+    if case.id not in DEFINED:
+        return
     arrays, joined = split(given)
     defined = jax.jit(call(getattr(pj.reference, case.op), joined))(*arrays)
     for found, expected in zip(defined, right, strict=True):
@@ -263,7 +270,8 @@ def test_vmap_of_the_other_families(shared):
 def test_integers_are_those_of_the_reference():
     score = normal(3, 9).at[1, 4].set(jnp.nan).at[2].set(0)
     for given in ({}, {"as_mask": True}):
-        found, expected = (m.select_patches(score, 4, **given) for m in (pj, pj.reference))
+        select = [jax.jit(partial(m.select_patches, k=4, **given)) for m in (pj, pj.reference)]
+        found, expected = (f(score) for f in select)
         jax.tree.map(np.testing.assert_array_equal, found, expected)
     found = jax.vmap(lambda s: pj.select_patches(s, 2))(jnp.stack([score, -score]))
     np.testing.assert_array_equal(found[0][1], pj.select_patches(-score, 2)[0])
@@ -299,7 +307,7 @@ def test_wrong_values_are_named_where_they_are_met(words, attempt):
         jax.block_until_ready(jax.jit(attempt)(jnp.ones((2, 6, 8))))
 
 
-def test_a_sampler_in_scan_writes_in_place():
+def sampler():
     c, x = normal(2, 2, 4, 8, 8)
 
     def sample(x, scale, donate_x=True):
@@ -313,10 +321,22 @@ def test_a_sampler_in_scan_writes_in_place():
             x = pj.reference.guide([c - x, 0.5 * x], "tcfg", x=x, b=float(dt), scale=scale)
         return x
 
+    return x, sample, defined
+
+
+def test_a_sampler_in_scan():
+    x, sample, defined = sampler()
     scale = jnp.float32(3)
-    np.testing.assert_allclose(jax.jit(sample)(x, scale), defined(x, scale), rtol=1e-5, atol=1e-5)
-    slope = jax.jit(jax.grad(lambda w: sample(x, w).sum()))(scale)
-    np.testing.assert_allclose(slope, jax.grad(lambda w: defined(x, w).sum())(scale), rtol=1e-4)
+    np.testing.assert_allclose(
+        jax.jit(sample)(x, scale), jax.jit(defined)(x, scale), rtol=1e-5, atol=1e-5
+    )
+    slope, expected = (jax.jit(jax.grad(lambda w, f=f: f(x, w).sum()))(scale) for f in (sample, defined))
+    np.testing.assert_allclose(slope, expected, rtol=1e-4)
+
+
+def test_a_sampler_writes_in_place():
+    x, sample, _ = sampler()
+    scale = jnp.float32(3)
 
     def copies(donate_x):
         compiled = jax.jit(partial(sample, donate_x=donate_x), donate_argnums=0).lower(x, scale).compile()
