@@ -13,7 +13,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 NEEDS = {
     "diffusers": ("diffusers", "0.42"),
     "huggingface_kernels": ("diffusers", "0.42"),
-    "jax": ("jax", "0.6"),
+    "jax": ("jax", "0.10"),
     "transformers": ("transformers", "5.24"),
 }
 SNIPPET = re.compile(r"^```python\n(.*?)^```$", re.S | re.M)

@@ -24,9 +24,9 @@ def tile_attention(
     k, v = (jnp.repeat(a, groups, 1) for a in (k, v))
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else jnp.asarray(scale, q.dtype)
     scale = scale.reshape(-1, 1, 1) if hasattr(scale, "shape") else scale
-    seen = jnp.asarray(plan.dense_array())
+    dense = plan.dense_array()
+    seen, some = jnp.asarray(dense), jnp.asarray(dense.any(-1))
     scores = jnp.einsum("bhqd,bhkd->bhqk", q, k, precision="highest") * scale
-    some = seen.any(-1)
     top = jnp.where(seen, scores, -jnp.inf).max(-1, initial=-jnp.inf)
     top = jnp.where(some, top, 0)
     p = jnp.where(seen, jnp.exp(jnp.where(seen, scores, 0) - top[..., None]), 0)
