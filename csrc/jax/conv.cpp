@@ -53,9 +53,14 @@ void causal_conv1d_xla(Call& call) {
   const Mapped mapped(out, 3);
   ConvCall c = common_of(call, arrays, mapped);
   const TokensOf tokens = tokens_of(call, c, mapped);
-  for (int64_t v = 0; v < mapped.count(); ++v) {
+  // Where only the batch is mapped the calls are one.
+  const bool folds = mapped.whole(arrays.x) && mapped.shared(arrays.weight) &&
+                     (!arrays.bias || mapped.shared(*arrays.bias));
+  const int64_t calls = folds ? std::min<int64_t>(1, mapped.count()) : mapped.count();
+  for (int64_t v = 0; v < calls; ++v) {
     set_inputs(c, arrays, mapped, tokens, v);
     c.out = tokens(out, v);
+    if (folds) c.batch *= mapped.count();
     causal_conv1d(c, call.threads);
   }
 }

@@ -67,6 +67,18 @@ class ScanOf {
              : nullptr;
   }
 
+  // Whether only the batch of all that is [B, ...] is mapped: the calls are then one.
+  bool folds() const {
+    const auto& a = arrays_;
+    bool only = true;
+    for (const Buffer* b : {&a.u, &a.delta}) only = only && mapped_.whole(*b);
+    for (const Maybe* b : {&a.z, &a.initial}) only = only && (!*b || mapped_.whole(**b));
+    for (const Buffer* b : {&a.B, &a.C})
+      only = only && (constant(*b) ? mapped_.shared(*b) : mapped_.whole(*b));
+    for (const Maybe* b : {&a.D, &a.bias}) only = only && (!*b || mapped_.shared(**b));
+    return only && mapped_.shared(a.A);
+  }
+
   // What the v-th call reads.
   ScanCall at(int64_t v) const {
     ScanCall c = common_;
@@ -87,9 +99,11 @@ class ScanOf {
   }
 
  private:
+  bool constant(const Buffer& b) const { return b.dims.size() == arrays_.A.dims.size(); }
+
   Weights weights(const Buffer& b, int64_t v, ScanCall& c) const {
     Weights w;
-    if (b.dims.size() == arrays_.A.dims.size()) {
+    if (constant(b)) {
       w.data = mapped_.plane<float>(b, v, {c.paths, c.channels, c.states});
       w.constant = true;
       return w;
@@ -135,11 +149,14 @@ void selective_scan_xla(Call& call) {
   const ScanOf scan(call, arrays, mapped);
   require(scan.common().paths == 1 || dtype_of(out) == DType::f32,
           "a sum over paths must be float32");
-  for (int64_t v = 0; v < mapped.count(); ++v) {
+  const bool folds = scan.folds();
+  const int64_t calls = folds ? std::min<int64_t>(1, mapped.count()) : mapped.count();
+  for (int64_t v = 0; v < calls; ++v) {
     ScanCall c = scan.at(v);
     c.out = scan.tokens()(out, v);
     c.chunks = scan.chunks(chunks, v);
     c.last = scan.states(last, v);
+    if (folds) c.batch *= mapped.count();
     selective_scan(c, call.threads);
   }
 }
