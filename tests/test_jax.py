@@ -517,6 +517,15 @@ def test_shard_map_float64_and_no_torch():
     assert not done.stderr, done.stderr
 
 
+@pytest.mark.parametrize(
+    ("missing", "words"), [("jax", "pip install jax"), ("pydiffuse._jax", "build it again")]
+)
+def test_what_is_missing_is_named(missing, words):
+    code = f"import sys; sys.modules[{missing!r}] = None; import pydiffuse.jax"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert "ImportError: pydiffuse.jax" in done.stderr and words in done.stderr
+
+
 def test_the_example_runs():
     done = subprocess.run(
         [sys.executable, str(ROOT / "examples/jax_arrays.py")], check=True, capture_output=True, text=True

@@ -7,7 +7,7 @@ only: on another platform a call is an error that says so. `pydiffuse.jax.refere
 written in jax.numpy.
 """
 
-from pydiffuse.jax import reference
+from pydiffuse.jax import calls, reference  # noqa: F401  calls first: it says what is missing
 from pydiffuse.jax.adaln import gate_residual_modulate, modulate
 from pydiffuse.jax.attention import tile_attention
 from pydiffuse.jax.conv import causal_conv1d
