@@ -12,8 +12,10 @@
 
 #ifdef __CUDACC__
 #define PYDIFFUSE_HD __host__ __device__
+#define PYDIFFUSE_ROLLED _Pragma("unroll 1")  // scalar work: registers are worth more
 #else
 #define PYDIFFUSE_HD
+#define PYDIFFUSE_ROLLED
 #endif
 
 namespace pydiffuse {
@@ -297,12 +299,14 @@ PYDIFFUSE_HD inline void unpack(int k, const double* packed, bool sums, double* 
 // none, -1, where only one of two has a weight, or another prediction has far more.
 PYDIFFUSE_HD inline int origin(int k, const double* c) {
   if (k < 2 || (k == 2 && (c[0] == 0 || c[1] == 0))) return -1;
-  bool cancels = false;
+  bool cancels = false, far = false;
+  const double first = std::fabs(c[0]), second = std::fabs(c[1]);
+  PYDIFFUSE_ROLLED
   for (int i = 1; i < k; ++i) cancels = cancels || (c[i] < 0) != (c[0] < 0);
-  const int o = cancels && std::fabs(c[0]) > std::fabs(c[1]) ? 0 : 1;
-  for (int i = 0; i < k; ++i)
-    if (!(std::fabs(c[i]) <= 8 * std::fabs(c[o]))) return -1;
-  return o;
+  const int o = cancels && first > second ? 0 : 1;
+  PYDIFFUSE_ROLLED
+  for (int i = 0; i < k; ++i) far = far || !(std::fabs(c[i]) <= 8 * (o ? second : first));
+  return far ? -1 : o;
 }
 
 // The rows [outs, k + extras + 1] of one sample's linear combinations, from its coefficients; the
@@ -310,23 +314,23 @@ PYDIFFUSE_HD inline int origin(int k, const double* c) {
 PYDIFFUSE_HD inline void mix_rows(int k, int has, int emit, const double* params, const double* c,
                                   double* row) {
   const int terms = k + (has & 1) + (has >> 1 & 1) + (has >> 2 & 1), o = origin(k, c);
-  auto add = [&](double scale, const double* weights, double x, double history, double noise) {
+  // APG's state: c - u + momentum state
+  const double d[3] = {1, -1, emit & EMIT_STATE ? params[param::RULE + 3] : 0};
+  for (int out = EMIT_UPDATE; out <= EMIT_STATE; out *= 2) {
+    if (!(emit & out)) continue;
+    const bool update = out == EMIT_UPDATE, state = out == EMIT_STATE;
+    const double scale = state ? 1 : params[update ? param::b : param::q];
+    const double* weights = state ? d : c;
     double sum = 0;
+    PYDIFFUSE_ROLLED
     for (int i = 0; i < k; ++i) sum += weights[i], row[i] = scale * weights[i];
     if (o >= 0) row[o] = scale * sum;
     int m = k;
-    if (has & HAS_X) row[m++] = x;
-    if (has & HAS_HISTORY) row[m++] = history;
-    if (has & HAS_NOISE) row[m++] = noise;
+    if (has & HAS_X) row[m++] = state ? 0 : params[update ? param::a : param::p];
+    if (has & HAS_HISTORY) row[m++] = update ? params[param::h] : 0;
+    if (has & HAS_NOISE) row[m++] = update ? params[param::s] : 0;
     row[terms] = o;
     row += terms + 1;
-  };
-  if (emit & EMIT_UPDATE)
-    add(params[param::b], c, params[param::a], params[param::h], params[param::s]);
-  if (emit & EMIT_PREDICT) add(params[param::q], c, params[param::p], 0, 0);
-  if (emit & EMIT_STATE) {  // APG: c - u + momentum state
-    const double d[3] = {1, -1, params[param::RULE + 3]};
-    add(1, d, 0, 0, 0);
   }
 }
 

@@ -85,7 +85,7 @@ def rows_of(record: dict[str, Any]) -> list[tuple[str, str, int, int]]:
 
 # Bytes that a kernel may spill in rare variants: with the most terms a rule can have, with B constant in time;
 # and attention's tile of 64 by 32 at D = 128, measured faster on an H100 than the tiles that spill nothing.
-SPILLS = {"guide_kernel": 96, "walk_kernel": 32, "dkv_kernel": 208}
+SPILLS = {"guide_kernel": 104, "walk_kernel": 32, "dkv_kernel": 208}
 
 
 @pytest.mark.parametrize("way", compilers.WAYS)
